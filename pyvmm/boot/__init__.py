@@ -1,0 +1,112 @@
+"""Boot protocols: from a file to an `Image`, one module for each kind of file.
+
+`PROTOCOLS` is the whole story: the kinds are asked in this order whether the file is one of theirs,
+and the first that says yes loads it. To add one, write a module with `recognise` and `load`, and
+add its row before all that would take its files too (a multiboot kernel is an ELF file as well).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyvmm.boot import elf, flat
+from pyvmm.boot.image import (
+    GIB,
+    Image,
+    ImageError,
+    LoadOptions,
+    Mode,
+    Segment,
+    check_fits,
+    real_mode_entry,
+)
+
+__all__ = [
+    "PROTOCOLS",
+    "BootProtocol",
+    "Image",
+    "ImageError",
+    "LoadOptions",
+    "Mode",
+    "Segment",
+    "check_fits",
+    "read_image",
+    "real_mode_entry",
+]
+
+
+class BootProtocol(NamedTuple):
+    """A kind of file: `recognise(contents)` tells one, `load(name, contents, options)` reads it."""
+
+    name: str
+    recognise: Callable[[bytes], bool]
+    load: Callable[[str, bytes, LoadOptions], Image]
+
+
+PROTOCOLS = (
+    BootProtocol("ELF", elf.recognise, elf.load),
+    BootProtocol("flat binary", flat.recognise, flat.load),  # takes anything: the last one
+)
+
+MAX_IMAGE_BYTES = GIB  # a kernel with all of its debug information is smaller; a disk image is not
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    mode: Mode | None = None,
+    load: int | None = None,
+    entry: int | None = None,
+) -> Image:
+    """Read the guest in the file `path`; `load` and `entry` are gpas, None where not asked for.
+
+    Raises ImageError, with a message of one line, when the file cannot be read or used.
+    """
+    name = os.fspath(path)
+    if not name.isprintable():
+        name = repr(name)  # a newline in a file's name must not break the message
+    contents = _read_file(os.fspath(path), name)
+    protocol = next(protocol for protocol in PROTOCOLS if protocol.recognise(contents))
+    return protocol.load(name, contents, LoadOptions(mode, load, entry))
+
+
+def _read_file(path: str, name: str) -> bytes:
+    """The contents of a regular file of a believable size, which is shown as `name` in errors."""
+    try:
+        # Looked at before it is opened: opening a FIFO waits, and some devices act on it.
+        size = _check_regular(os.stat(path), name)
+        with open(path, "rb", opener=_open_at_once) as file:
+            size = _check_regular(os.fstat(file.fileno()), name)
+            return file.read(size)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file; give the path of a guest image") from None
+    except PermissionError:
+        raise ImageError(f"{name}: permission denied; make the file readable") from None
+    except ValueError:  # a null byte in the path, the only one that os.stat refuses by itself
+        raise ImageError(f"{name}: not a file name") from None
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read: {error.strerror}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: the path may have become a FIFO since it was looked at."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _check_regular(status: os.stat_result, name: str) -> int:
+    """The file's size in bytes; raises ImageError unless it is a regular file worth reading."""
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{name}: a directory; give the path of a guest image in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name}: a pipe, socket or device; copy the image to a regular file")
+    if status.st_size == 0:
+        raise ImageError(f"{name}: the file is empty; build the guest image again")
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise ImageError(
+            f"{name}: {status.st_size} bytes are too many for a guest image (at most "
+            f"{MAX_IMAGE_BYTES}); strip its debug information, or name the kernel, not a disk"
+        )
+    return status.st_size

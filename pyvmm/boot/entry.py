@@ -1,0 +1,85 @@
+"""The state in which a guest's first instruction finds the processor, for each Mode.
+
+Long mode needs structures in guest memory, which lie where no PC keeps anything else:
+
+    0x1000  page tables: the first 4 GiB mapped one to one, in 2 MiB pages
+    0x7000  GDT: null, 64-bit code 0x08, data 0x10, 32-bit code 0x18
+    0x80000 the initial stack grows down from here, 4 KiB further down for each further vCPU
+
+Protected mode gets the same GDT and stack.  In all modes interrupts are off, and vCPU n finds n in
+EDI.  Source: Intel SDM vol. 3A, "Processor Management and Initialization".
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm import kvm, x86
+from pyvmm.boot.image import Mode, real_mode_entry
+from pyvmm.memory import GuestMemory
+
+PAGE_TABLES_GPA, GDT_GPA, STACK_TOP = 0x1000, 0x7000, 0x80000
+STACK_BYTES = 0x1000  # a vCPU, where there are several
+REAL_MODE_STACK_TOP = 0x7C00
+
+# What an image must not overlap, as check_fits() takes it: GPA, bytes, name.
+RESERVED = {
+    Mode.LONG: [(PAGE_TABLES_GPA, 0x7000, "the boot page tables and GDT")],
+    Mode.PROTECTED: [(GDT_GPA, 0x1000, "the boot GDT")],
+    Mode.REAL: [],
+}
+
+CODE64, DATA, CODE32 = 0x08, 0x10, 0x18
+
+_PRESENT_WRITABLE, _LARGE_PAGE = 0x3, 0x80
+
+
+def identity_map(gpa: int) -> bytes:
+    """Page tables for GPA `gpa` that map the first 4 GiB one to one: PML4, PDPT, 4 directories."""
+    pdpt, directories = gpa + 0x1000, gpa + 0x2000
+    pml4 = struct.pack("<Q", pdpt | _PRESENT_WRITABLE).ljust(0x1000, b"\0")
+    entries = [directories + 0x1000 * n | _PRESENT_WRITABLE for n in range(4)]
+    pages = [n << 21 | _PRESENT_WRITABLE | _LARGE_PAGE for n in range(4 * 512)]
+    return pml4 + struct.pack("<4Q", *entries).ljust(0x1000, b"\0") + struct.pack("<2048Q", *pages)
+
+
+def write_boot_structures(memory: GuestMemory, mode: Mode) -> None:
+    """Put the page tables and the GDT that `mode` needs into guest memory."""
+    if mode is Mode.REAL:
+        return
+    segments = (
+        x86.flat_segment(CODE64, code=True, bits=64),
+        x86.flat_segment(DATA, code=False),
+        x86.flat_segment(CODE32, code=True),
+    )
+    memory.write(GDT_GPA, struct.pack("<4Q", 0, *map(x86.descriptor, segments)))
+    if mode is Mode.LONG:
+        memory.write(PAGE_TABLES_GPA, identity_map(PAGE_TABLES_GPA))
+
+
+def set_entry_state(vcpu: kvm.VcpuHandle, vcpu_id: int, mode: Mode, entry: int) -> None:
+    """Set the registers of a new vCPU so that it starts at GPA `entry` in `mode`."""
+    regs = kvm.kvm_regs(rflags=x86.RFLAGS_FIXED, rip=entry, rdi=vcpu_id)
+    regs.rsp = STACK_TOP - STACK_BYTES * vcpu_id
+    sregs = vcpu.get(kvm.kvm_sregs)
+    if mode is Mode.REAL:
+        selector, regs.rip = real_mode_entry(entry)
+        sregs.cs.selector, sregs.cs.base = selector, selector << 4
+        regs.rsp = REAL_MODE_STACK_TOP
+    else:
+        sregs.gdt.base, sregs.gdt.limit = GDT_GPA, 4 * 8 - 1
+        sregs.idt.base = sregs.idt.limit = 0
+        data = x86.flat_segment(DATA, code=False)
+        sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+        sregs.cs = x86.flat_segment(CODE32, code=True)
+        # Compilers emit SSE instructions, also for kernels that never asked for them.
+        sregs.cr0 = x86.CR0_PE | x86.CR0_MP | x86.CR0_ET | x86.CR0_NE  # caches on: no CD, no NW
+        sregs.cr4 |= x86.CR4_OSFXSR | x86.CR4_OSXMMEXCPT
+    if mode is Mode.LONG:
+        sregs.cs = x86.flat_segment(CODE64, code=True, bits=64)
+        sregs.cr3 = PAGE_TABLES_GPA
+        sregs.cr4 |= x86.CR4_PAE
+        sregs.cr0 |= x86.CR0_PG
+        sregs.efer |= x86.EFER_LME | x86.EFER_LMA
+    vcpu.set(sregs)
+    vcpu.set(regs)

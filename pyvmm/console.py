@@ -1,0 +1,71 @@
+"""The terminal side: guest output to a file descriptor, keystrokes from one.
+
+Output goes out at once and whole.  A reader that does not read (a full pipe) makes the guest wait,
+but never the end of the VM: the wait ends when close() is called.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import termios
+import threading
+import tty
+from types import TracebackType
+
+# A pipe that poll() calls writable takes at least this much without blocking (pipe(7)).
+_CHUNK = select.PIPE_BUF
+
+
+class Output:
+    """Writes guest output to `fd`; called from any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._closing, self._close = os.pipe2(os.O_CLOEXEC)
+        self._lock = threading.Lock()  # one writer at a time
+        self._poll = select.poll()  # guarded by _lock
+        self._poll.register(fd, select.POLLOUT)
+        self._poll.register(self._closing, select.POLLIN)
+
+    def __call__(self, data: bytes) -> None:
+        """Write all of `data`.  Raises OSError when nobody can ever read it (a closed pipe)."""
+        view = memoryview(data)
+        with self._lock:
+            while view:
+                if any(fd == self._closing for fd, _ in self._poll.poll()):
+                    return
+                view = view[os.write(self._fd, view[:_CHUNK]) :]
+
+    def stop(self) -> None:
+        """Let a writer that waits give up; from now on output is dropped."""
+        os.write(self._close, b"x")
+
+    def close(self) -> None:
+        """Free the wake-up pipe."""
+        os.close(self._closing)
+        os.close(self._close)
+
+
+class RawTerminal:
+    """While open, keystrokes come one by one and are not echoed; ^C still interrupts.
+
+    A context manager that always restores the terminal.  Does nothing where `fd` is no terminal,
+    or where we are in the background: changing a terminal from there would stop the process.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._saved: list[object] | None = None
+
+    def __enter__(self) -> RawTerminal:
+        if os.isatty(self._fd) and os.tcgetpgrp(self._fd) == os.getpgrp():
+            self._saved = termios.tcgetattr(self._fd)
+            tty.setcbreak(self._fd, termios.TCSADRAIN)
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._saved is not None:
+            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

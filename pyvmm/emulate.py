@@ -1,0 +1,292 @@
+"""The few instructions that pyvmm executes itself, in software, on a vCPU that is not running.
+
+There are two reasons to.  Some hosts cannot execute them: where KVM *emulates* ring 0, `int3` and
+`int n` end in an emulation failure.  And a single-step over some of them goes wrong on the others,
+because the step is made with the processor's trap flag: `int n`, `int3` and `syscall` clear it and
+run away into their handler, and `pushf` and `syscall` show it to the guest.  Executed here, each is
+exactly one instruction, and the guest cannot tell.
+
+`INSTRUCTIONS` is the table.  To add one, write a function and its row.  Whatever is unusual (a task
+gate, a fault on the way, virtual-8086 mode) raises CannotComplete with nothing changed, and the
+instruction is left to the host.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyvmm import x86
+from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
+from pyvmm.x86 import CpuMode, linear_address
+
+
+class CannotComplete(Exception):
+    """Left to the host; the vCPU and memory are as they were."""
+
+
+@dataclass
+class Cpu:
+    """A vCPU's state as the functions here see it: copies, written back by whoever made them.
+
+    `read` and `write` take a GVA and may raise any Exception where nothing is mapped.
+    """
+
+    regs: kvm_regs
+    sregs: kvm_sregs
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, bytes], None]
+    msr: Callable[[int], int]
+
+    @property
+    def mode(self) -> CpuMode:
+        return x86.cpu_mode(self.sregs, self.regs.rflags)
+
+    @property
+    def cpl(self) -> int:
+        return int(self.sregs.ss.dpl)
+
+    def fetch(self, length: int = 15) -> bytes:
+        """Up to `length` instruction bytes at RIP; fewer where the mapping ends."""
+        gva = linear_address(self.sregs.cs.base, self.regs.rip, self.mode)
+        try:
+            return self.read(gva, length)
+        except Exception:
+            in_page = 4096 - gva % 4096
+            return self.read(gva, in_page) if in_page < length else b""
+
+
+def complete(cpu: Cpu, code: bytes) -> bool:
+    """Execute the instruction that `code`, the bytes at RIP, begins with, if it is one of ours.
+
+    Returns whether it was executed; when not, nothing has changed.
+    """
+    prefixes, rest = x86.split_prefixes(code, cpu.mode)
+    for opcode, execute in INSTRUCTIONS:
+        if rest.startswith(opcode):
+            before = kvm_regs.from_buffer_copy(cpu.regs), kvm_sregs.from_buffer_copy(cpu.sregs)
+            try:
+                execute(cpu, prefixes, rest)
+                return True
+            except Exception:  # a fault on the way: the host raises the right one
+                cpu.regs, cpu.sregs = before
+                return False
+    return False
+
+
+# --- instructions: (cpu, prefixes, the rest of the bytes) ---------------------------------------
+
+
+def _int3(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    cpu.regs.rip += len(prefixes) + 1
+    deliver(cpu, x86.VECTOR_BP)
+
+
+def _int_n(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    cpu.regs.rip += len(prefixes) + 2
+    deliver(cpu, rest[1])
+
+
+def _pushf(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    mode = cpu.mode
+    if mode is CpuMode.V8086:
+        raise CannotComplete("virtual-8086 mode: depends on IOPL")
+    short = b"\x66"[0] in prefixes
+    if mode is CpuMode.LONG:
+        size = 2 if short else 8
+    elif cpu.sregs.cs.db and mode is not CpuMode.REAL:
+        size = 2 if short else 4
+    else:
+        size = 4 if short else 2
+    cpu.regs.rip += len(prefixes) + 1
+    _Stack(cpu, size).push(cpu.regs.rflags & ~(x86.RFLAGS_VM | x86.RFLAGS_RF)).store()
+
+
+def _syscall(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """Intel SDM vol. 2B, "SYSCALL"; only from 64-bit mode."""
+    if cpu.mode is not CpuMode.LONG or not cpu.sregs.efer & x86.EFER_SCE:
+        raise CannotComplete("#UD, or AMD's compatibility-mode variant")
+    selector = cpu.msr(x86.MSR_STAR) >> 32 & 0xFFFC
+    cpu.regs.rcx = cpu.regs.rip + len(prefixes) + 2
+    cpu.regs.r11 = cpu.regs.rflags & ~x86.RFLAGS_RF
+    cpu.regs.rip = cpu.msr(x86.MSR_LSTAR)
+    cpu.regs.rflags &= ~(cpu.msr(x86.MSR_SYSCALL_MASK) | x86.RFLAGS_RF)
+    cpu.regs.rflags |= x86.RFLAGS_FIXED
+    cpu.sregs.cs = x86.flat_segment(selector, code=True, bits=64)
+    cpu.sregs.ss = x86.flat_segment(selector + 8, code=False)
+
+
+INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
+    (b"\xcc", _int3),
+    (b"\xcd", _int_n),
+    (b"\x9c", _pushf),
+    (b"\x0f\x05", _syscall),
+)
+
+
+# --- interrupt delivery ------------------------------------------------------------------------
+
+
+class _Stack:
+    """Pushes that are kept until store(), so that a fault on the way leaves nothing behind."""
+
+    def __init__(self, cpu: Cpu, size: int, rsp: int | None = None, base: int | None = None) -> None:
+        self._cpu, self._size = cpu, size
+        self._rsp = cpu.regs.rsp if rsp is None else rsp
+        self._base = cpu.sregs.ss.base if base is None else base
+        self._pushed = b""
+
+    def push(self, *values: int) -> _Stack:
+        for value in values:
+            mask = (1 << 8 * self._size) - 1
+            self._pushed = (value & mask).to_bytes(self._size, "little") + self._pushed
+        return self
+
+    def store(self) -> None:
+        """Write what was pushed, and RSP."""
+        cpu = self._cpu
+        rsp = self._rsp - len(self._pushed)
+        if cpu.mode is CpuMode.LONG:
+            rsp &= 0xFFFFFFFFFFFFFFFF
+        else:  # the stack segment's size says how much of RSP moves
+            width = 0xFFFFFFFF if cpu.sregs.ss.db else 0xFFFF
+            rsp = self._rsp & ~width | rsp & width
+        cpu.write(linear_address(self._base, rsp, cpu.mode), self._pushed)
+        cpu.regs.rsp = rsp
+
+
+def deliver(cpu: Cpu, vector: int) -> None:
+    """Deliver software interrupt `vector` through the guest's IDT or IVT, RIP being the return
+    address already.
+
+    Intel SDM vol. 3A, "Interrupt and Exception Handling"; vol. 1, "Interrupts in Real-Address
+    Mode".  Raises CannotComplete, or what Cpu.read and Cpu.write raise.
+    """
+    mode = cpu.mode
+    if mode is CpuMode.REAL:
+        _deliver_real(cpu, vector)
+    elif mode is CpuMode.V8086:
+        raise CannotComplete("virtual-8086 mode")
+    elif cpu.sregs.efer & x86.EFER_LMA:
+        _deliver_long(cpu, vector)
+    else:
+        _deliver_protected(cpu, vector)
+    cpu.regs.rflags &= ~(x86.RFLAGS_TF | x86.RFLAGS_NT | x86.RFLAGS_RF | x86.RFLAGS_VM)
+
+
+def _deliver_real(cpu: Cpu, vector: int) -> None:
+    _check_limit(cpu, 4 * vector + 3)
+    offset, selector = struct.unpack("<HH", cpu.read(cpu.sregs.idt.base + 4 * vector, 4))
+    stack = _Stack(cpu, 2).push(cpu.regs.rflags, cpu.sregs.cs.selector, cpu.regs.rip)
+    stack.store()
+    cpu.sregs.cs.selector, cpu.sregs.cs.base = selector, selector << 4
+    cpu.regs.rip = offset
+    cpu.regs.rflags &= ~x86.RFLAGS_IF
+
+
+def _deliver_long(cpu: Cpu, vector: int) -> None:
+    _check_limit(cpu, 16 * vector + 15)
+    low, high, _ = struct.unpack("<QII", cpu.read(cpu.sregs.idt.base + 16 * vector, 16))
+    kind = _check_gate(cpu, low)
+    selector = low >> 16 & 0xFFFF
+    target = _load_code_segment(cpu, selector)
+    if not target.l:
+        raise CannotComplete("#GP: the handler is not 64-bit code")
+    ist = low >> 32 & 7
+    rsp = cpu.regs.rsp
+    if ist:
+        rsp = _read_u64(cpu, cpu.sregs.tr.base + 0x24 + 8 * (ist - 1))
+    elif target.dpl != cpu.cpl:
+        rsp = _read_u64(cpu, cpu.sregs.tr.base + 4 + 8 * target.dpl)
+    old = cpu.regs
+    frame = (cpu.sregs.ss.selector, old.rsp, old.rflags, cpu.sregs.cs.selector, old.rip)
+    if target.dpl != cpu.cpl:
+        # The processor loads a null selector whose RPL is the new CPL; usable all the same.
+        cpu.sregs.ss = x86.flat_segment(target.dpl, code=False, dpl=target.dpl)
+    cpu.sregs.cs = target
+    _Stack(cpu, 8, rsp & ~0xF, 0).push(*frame).store()
+    _enter_handler(cpu, kind, low & 0xFFFF | low >> 32 & 0xFFFF0000 | high << 32)
+
+
+def _deliver_protected(cpu: Cpu, vector: int) -> None:
+    _check_limit(cpu, 8 * vector + 7)
+    gate = _read_u64(cpu, cpu.sregs.idt.base + 8 * vector)
+    kind = _check_gate(cpu, gate)
+    target = _load_code_segment(cpu, gate >> 16 & 0xFFFF)
+    old, old_cs, old_ss = cpu.regs, cpu.sregs.cs.selector, cpu.sregs.ss.selector
+    size = 2 if kind in (x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16) else 4
+    frame = (old.rflags, old_cs, old.rip)
+    if target.dpl != cpu.cpl:
+        if cpu.sregs.tr.type | 2 != x86.TYPE_TSS32_BUSY:
+            raise CannotComplete("a 16-bit TSS")
+        esp, ss = struct.unpack("<IH", cpu.read(cpu.sregs.tr.base + 4 + 8 * target.dpl, 6))
+        frame = (old_ss, old.rsp, *frame)
+        stack_segment = _load_descriptor(cpu, ss)
+        if not stack_segment.present or stack_segment.dpl != target.dpl:
+            raise CannotComplete("#TS: the TSS names a bad stack segment")
+        cpu.sregs.ss = stack_segment
+        stack = _Stack(cpu, size, esp, stack_segment.base)
+    else:
+        stack = _Stack(cpu, size)
+    stack.push(*frame).store()
+    cpu.sregs.cs = target
+    _enter_handler(cpu, kind, gate & 0xFFFF | (gate >> 32 & 0xFFFF0000 if size == 4 else 0))
+
+
+def _enter_handler(cpu: Cpu, kind: int, offset: int) -> None:
+    cpu.regs.rip = offset
+    if kind in (x86.TYPE_INTERRUPT_GATE, x86.TYPE_INTERRUPT_GATE16):
+        cpu.regs.rflags &= ~x86.RFLAGS_IF
+
+
+def _check_limit(cpu: Cpu, last_byte: int) -> None:
+    if last_byte > cpu.sregs.idt.limit:
+        raise CannotComplete("#GP: beyond the IDT's limit")
+
+
+def _check_gate(cpu: Cpu, gate: int) -> int:
+    """The type of an interrupt or trap gate that this privilege level may use."""
+    kind, dpl, present = gate >> 40 & 0x1F, gate >> 45 & 3, gate >> 47 & 1
+    gates = [x86.TYPE_INTERRUPT_GATE, x86.TYPE_TRAP_GATE]
+    if not cpu.sregs.efer & x86.EFER_LMA:
+        gates += [x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16]
+    if kind not in gates or not present or dpl < cpu.cpl:
+        raise CannotComplete("#GP or #NP, or a task gate")
+    return kind
+
+
+def _load_code_segment(cpu: Cpu, selector: int) -> kvm_segment:
+    segment = _load_descriptor(cpu, selector)
+    is_code = segment.s and segment.type & 8
+    if not (is_code and segment.present) or segment.dpl > cpu.cpl:
+        raise CannotComplete("#GP or #NP: a bad code segment")
+    if segment.type & 4:  # conforming: the privilege level stays
+        segment.dpl = cpu.cpl
+    segment.selector = selector & ~3 | segment.dpl
+    return segment
+
+
+def _load_descriptor(cpu: Cpu, selector: int) -> kvm_segment:
+    """The segment that `selector` names in the GDT."""
+    if selector & 4 or not selector & ~3 or (selector | 7) > cpu.sregs.gdt.limit:
+        raise CannotComplete("in the LDT, null, or beyond the GDT's limit")
+    raw = _read_u64(cpu, cpu.sregs.gdt.base + (selector & ~7))
+    limit = raw & 0xFFFF | raw >> 32 & 0xF0000
+    return kvm_segment(
+        base=raw >> 16 & 0xFFFFFF | raw >> 32 & 0xFF000000,
+        limit=limit << 12 | 0xFFF if raw >> 55 & 1 else limit,
+        selector=selector,
+        type=raw >> 40 & 0xF,
+        s=raw >> 44 & 1,
+        dpl=raw >> 45 & 3,
+        present=raw >> 47 & 1,
+        avl=raw >> 52 & 1,
+        l=raw >> 53 & 1,
+        db=raw >> 54 & 1,
+        g=raw >> 55 & 1,
+    )
+
+
+def _read_u64(cpu: Cpu, gva: int) -> int:
+    return int.from_bytes(cpu.read(gva, 8), "little")

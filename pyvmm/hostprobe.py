@@ -1,0 +1,333 @@
+"""What this host's KVM really does, found out by running tiny guests.
+
+"KVM" is not one thing: the vendor's module decides how #BP, stepping and re-injection behave, and
+its capability bits are no evidence.  So nothing here looks at a vendor's name or a version: each
+finding is an experiment in a Lab (lab.py), made at most once in a process and only when somebody
+asks.  A guest that is merely run pays for none.
+
+The rest of pyvmm asks `host()` for what it needs to know.  `FINDINGS` is the table behind
+`pyvmm --probe`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyvmm import kvm
+from pyvmm.lab import CODE, DATA, Lab, LabMode
+from pyvmm.vcpurecord import Injection
+from pyvmm.x86 import DR6_HITS, VECTOR_BP
+
+_ENABLE, _STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_SINGLESTEP
+_SW_BP, _HW_BP = kvm.KVM_GUESTDBG_USE_SW_BP, kvm.KVM_GUESTDBG_USE_HW_BP
+
+_NOP, _INT3, _INT1 = b"\x90", b"\xcc", b"\xf1"
+_INT3_LONG = b"\x66\xcc"  # with a prefix: two bytes
+
+
+class HostProbe:
+    """The findings about one host; each attribute is an experiment, made when first read."""
+
+    def __init__(self, device: str = "/dev/kvm") -> None:
+        self.device = device
+
+    def _lab(self, mode: LabMode, code: bytes) -> Lab:
+        return Lab(mode, code, self.device)
+
+    # --- int3 ---
+
+    def _intercepts(self, mode: LabMode, instruction: bytes) -> bool:
+        """Whether `instruction` leaves the guest, at its own address, when breakpoints are on."""
+        with self._lab(mode, instruction + _NOP) as lab:
+            start = lab.rip
+            lab.cpu.set_guest_debug(_ENABLE | _SW_BP)
+            reason = lab.run()
+            # An emulation failure at an int3 is as good as an exit: it happens instead of the
+            # instruction, and its bytes are known.
+            return lab.rip == start and (
+                (reason == kvm.KVM_EXIT_DEBUG and lab.cpu.run.debug.exception == VECTOR_BP)
+                or reason == kvm.KVM_EXIT_INTERNAL_ERROR
+            )
+
+    @functools.cached_property
+    def breakpoint(self) -> bool:
+        """int3 at CPL 0 in 64-bit mode leaves the guest."""
+        return self._intercepts(LabMode.LONG, _INT3)
+
+    @functools.cached_property
+    def breakpoint_user(self) -> bool:
+        """int3 at CPL 3 leaves the guest."""
+        return self._intercepts(LabMode.USER, _INT3)
+
+    @functools.cached_property
+    def breakpoint_real(self) -> bool:
+        """int3 in real mode leaves the guest."""
+        return self._intercepts(LabMode.REAL, _INT3)
+
+    @functools.cached_property
+    def int1_real(self) -> bool:
+        """INT1 (F1) in real mode leaves the guest: a trap instruction to use instead of int3."""
+        return self._intercepts(LabMode.REAL, _INT1)
+
+    def _own_int3(self, mode: LabMode) -> bool:
+        """Whether the guest's own handler runs, and sees the address after the int3."""
+        with self._lab(mode, _INT3 + _NOP) as lab:
+            start = lab.rip
+            if lab.run() == kvm.KVM_EXIT_HLT:
+                return lab.delivered_vector() == VECTOR_BP and lab.pushed_rip() == start + 1
+            return False
+
+    @functools.cached_property
+    def own_int3_native(self) -> bool:
+        """The host delivers a guest's own int3 at CPL 0 by itself (if not, pyvmm does)."""
+        return self._own_int3(LabMode.LONG)
+
+    @functools.cached_property
+    def own_int3_user(self) -> bool:
+        """A guest's own int3 at CPL 3 reaches its handler."""
+        return self._own_int3(LabMode.USER)
+
+    @functools.cached_property
+    def injection(self) -> Injection:
+        """What the host adds to RIP when a #BP is injected after an int3 has left the guest."""
+        moved = 8
+        with self._lab(LabMode.LONG, _INT3_LONG + _NOP * 32) as lab:
+            lab.cpu.set_guest_debug(_ENABLE | _SW_BP)
+            if lab.run() not in (kvm.KVM_EXIT_DEBUG, kvm.KVM_EXIT_INTERNAL_ERROR):
+                return Injection.NEXT_RIP  # never an exit, so there is nothing to inject after
+            regs = lab.cpu.get(kvm.kvm_regs)
+            regs.rip += moved
+            lab.cpu.set(regs)
+            lab.inject(VECTOR_BP)
+            if lab.run() != kvm.KVM_EXIT_HLT:
+                return Injection.NOTHING
+            added = lab.pushed_rip() - (CODE + moved)
+            return {0: Injection.NOTHING, len(_INT3_LONG): Injection.EXIT_LENGTH}.get(
+                added, Injection.NEXT_RIP
+            )
+
+    # --- stepping ---
+
+    def _steps(self, mode: LabMode) -> bool:
+        """Whether two single-steps over two instructions stop behind each."""
+        with self._lab(mode, _NOP * 4) as lab:
+            start = lab.rip
+            for executed in (1, 2):
+                # A host may repeat the first stop without progress; a few tries tell.
+                for _ in range(4):
+                    lab.cpu.set_guest_debug(_ENABLE | _STEP)
+                    if lab.run() != kvm.KVM_EXIT_DEBUG:
+                        return False
+                    if lab.rip != start + executed - 1:
+                        break
+                if lab.rip != start + executed:
+                    return False
+            return True
+
+    @functools.cached_property
+    def step(self) -> bool:
+        """Single-step at CPL 0."""
+        return self._steps(LabMode.LONG)
+
+    @functools.cached_property
+    def step_user(self) -> bool:
+        """Single-step at CPL 3."""
+        return self._steps(LabMode.USER)
+
+    @functools.cached_property
+    def step_real(self) -> bool:
+        """Single-step in real mode."""
+        return self._steps(LabMode.REAL)
+
+    # --- debug registers ---
+
+    def _hits(self, mode: LabMode, code: bytes, gva: int, kind_and_length: int) -> bool:
+        with self._lab(mode, code) as lab:
+            dr7 = 0x400 | 2 | kind_and_length << 16
+            lab.cpu.set_guest_debug(_ENABLE | _HW_BP, [gva, 0, 0, 0, 0, 0, 0, dr7])
+            return lab.run() == kvm.KVM_EXIT_DEBUG and bool(lab.cpu.run.debug.dr6 & DR6_HITS)
+
+    @functools.cached_property
+    def hardware_breakpoint(self) -> bool:
+        """Hardware execute breakpoint at CPL 0."""
+        return self._hits(LabMode.LONG, _NOP * 4, CODE + 2, 0b0000)
+
+    @functools.cached_property
+    def hardware_breakpoint_user(self) -> bool:
+        """Hardware execute breakpoint at CPL 3."""
+        return self._hits(LabMode.USER, _NOP * 4, CODE + 2, 0b0000)
+
+    @functools.cached_property
+    def watchpoint(self) -> bool:
+        """Hardware watchpoint on data, at CPL 0."""
+        store_dword_at_data = b"\x89\x04\x25" + DATA.to_bytes(4, "little")
+        return self._hits(LabMode.LONG, store_dword_at_data + _NOP, DATA, 0b1101)
+
+    @functools.cached_property
+    def watchpoint_user(self) -> bool:
+        """Hardware watchpoint on data, at CPL 3."""
+        store_dword_at_data = b"\x89\x04\x25" + DATA.to_bytes(4, "little")
+        return self._hits(LabMode.USER, store_dword_at_data + _NOP, DATA, 0b1101)
+
+    # --- running ---
+
+    def _reaches_end(self, mode: LabMode, code: bytes = _NOP) -> bool:
+        with self._lab(mode, code) as lab:
+            start = lab.rip
+            return lab.run() == kvm.KVM_EXIT_HLT and lab.rip == start + len(code) + 1
+
+    @functools.cached_property
+    def long_mode(self) -> bool:
+        """A 64-bit guest runs."""
+        return self._reaches_end(LabMode.LONG)
+
+    @functools.cached_property
+    def protected_mode(self) -> bool:
+        """A 32-bit guest runs."""
+        return self._reaches_end(LabMode.PROTECTED)
+
+    @functools.cached_property
+    def real_mode(self) -> bool:
+        """A 16-bit guest runs."""
+        return self._reaches_end(LabMode.REAL)
+
+    @functools.cached_property
+    def iret32(self) -> bool:
+        """`iret` works in 32-bit protected mode."""
+        # pushf; push cs; push the address behind; iret
+        code = b"\x9c\x0e\x68" + (CODE + 8).to_bytes(4, "little") + b"\xcf"
+        return self._reaches_end(LabMode.PROTECTED, code)
+
+    def _extension(self, capability: int) -> bool:
+        system = kvm.SystemHandle(self.device)
+        try:
+            return system.check_extension(capability) > 0
+        finally:
+            system.close()
+
+    @functools.cached_property
+    def irqchip(self) -> bool:
+        """In-kernel interrupt controllers."""
+        return self._extension(kvm.KVM_CAP_IRQCHIP)
+
+    @functools.cached_property
+    def coalesced_pio(self) -> bool:
+        """Port writes can be collected by the kernel."""
+        return self._extension(kvm.KVM_CAP_COALESCED_PIO)
+
+    @functools.cached_property
+    def readonly_memory(self) -> bool:
+        """Memory slots can be read-only."""
+        return self._extension(kvm.KVM_CAP_READONLY_MEM)
+
+    @functools.cached_property
+    def statistics(self) -> bool:
+        """Binary statistics descriptors."""
+        return self._extension(kvm.KVM_CAP_BINARY_STATS_FD)
+
+
+class Finding(NamedTuple):
+    """A row of the table: `name` is what --require takes, `good`/`bad` what it means to a user."""
+
+    name: str
+    title: str
+    measure: Callable[[HostProbe], bool]
+    good: str
+    bad: str
+
+
+FINDINGS = (
+    Finding(
+        "long-mode", "64-bit guests", lambda h: h.long_mode,
+        "run", "do not run: pyvmm is of little use here",
+    ),
+    Finding(
+        "protected-mode", "32-bit guests", lambda h: h.protected_mode,
+        "run", "do not run",
+    ),
+    Finding(
+        "real-mode", "16-bit guests", lambda h: h.real_mode,
+        "run", "do not run",
+    ),
+    Finding(
+        "iret32", "iret in 32-bit mode", lambda h: h.iret32,
+        "32-bit kernels can take interrupts",
+        "32-bit kernels that take interrupts fail, under any VMM",
+    ),
+    Finding(
+        "breakpoint", "software breakpoints, CPL 0", lambda h: h.breakpoint,
+        "break works in kernels", "break fails: use hbreak",
+    ),
+    Finding(
+        "breakpoint-user", "software breakpoints, CPL 3", lambda h: h.breakpoint_user,
+        "break works in user programs", "an int3 in a user program goes to the guest's kernel",
+    ),
+    Finding(
+        "breakpoint-real", "software breakpoints, real mode",
+        lambda h: h.breakpoint_real or h.int1_real,
+        "break works in real mode", "break fails in real mode: use hbreak",
+    ),
+    Finding(
+        "own-int3", "a guest's own int3", lambda h: h.own_int3_native or h.breakpoint,
+        "reaches the guest's handler, with the right return address", "is lost",
+    ),
+    Finding(
+        "injection", "breakpoints handed back to the guest",
+        lambda h: h.breakpoint,
+        "the guest sees the return address that pyvmm chose",
+        "never needed: no int3 leaves the guest",
+    ),
+    Finding(
+        "step", "single-step, CPL 0", lambda h: h.step,
+        "stepi works in kernels", "stepi fails",
+    ),
+    Finding(
+        "step-user", "single-step, CPL 3", lambda h: h.step_user,
+        "stepi works in user programs", "a step in a user program traps into the guest's kernel",
+    ),
+    Finding(
+        "step-real", "single-step, real mode", lambda h: h.step_real,
+        "stepi works in real mode", "stepi fails in real mode",
+    ),
+    Finding(
+        "hw-breakpoint", "hardware breakpoints, CPL 0", lambda h: h.hardware_breakpoint,
+        "hbreak works in kernels, also before code is loaded", "hbreak never stops",
+    ),
+    Finding(
+        "hw-breakpoint-user", "hardware breakpoints, CPL 3",
+        lambda h: h.hardware_breakpoint_user,
+        "hbreak works in user programs", "hbreak never stops in user programs",
+    ),
+    Finding(
+        "watchpoint", "watchpoints, CPL 0", lambda h: h.watchpoint,
+        "watch stops when data is touched", "watch never stops: gdb must step (slow)",
+    ),
+    Finding(
+        "watchpoint-user", "watchpoints, CPL 3", lambda h: h.watchpoint_user,
+        "watch works in user programs", "watch never stops in user programs",
+    ),
+    Finding(
+        "irqchip", "in-kernel interrupt controllers", lambda h: h.irqchip,
+        "interrupts and several processors work", "guests get no interrupts",
+    ),
+    Finding(
+        "coalesced-pio", "coalesced port writes", lambda h: h.coalesced_pio,
+        "printing is fast", "printing costs an exit a byte",
+    ),
+    Finding(
+        "readonly-memory", "read-only memory", lambda h: h.readonly_memory,
+        "guests can have ROM", "no ROM for guests",
+    ),
+    Finding(
+        "statistics", "KVM statistics", lambda h: h.statistics,
+        "exits are counted by the kernel; halted vCPUs are told apart", "no exit statistics",
+    ),
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=None)
+def host(device: str = "/dev/kvm") -> HostProbe:
+    """The findings about this host, shared by all VMs of the process."""
+    return HostProbe(device)

@@ -1,0 +1,669 @@
+"""What bhyve's vmm.ko gives its userland, built on KVM: VMs, vCPUs, and the debugged set.
+
+    vm.run(vcpu_id) -> a typed exit (exits.py)
+
+A vCPU executes guest instructions only when it is *active* (it has a thread), *started* (not
+waiting for its start-up IPI; the kernel keeps that state) and not *debugged*.  These are three
+separate things.  vm.suspend_cpu() puts a vCPU into the debugged set and vm.resume_cpu() takes it
+out; while it is in there, vm.run() returns a Debug exit at once, and the vCPU's thread sleeps in
+vm.sleep() until it is resumed.  It is then *parked*, and its registers may be touched from other
+threads.
+
+                     suspend_cpu                    vm.run() returns Debug, vm.sleep()
+        running ---------------------> debugged ---------------------------------------> parked
+           ^                              | resume_cpu                                      |
+           +------------------------------+-------------------------- resume_cpu ----------+
+
+Kicks.  A vCPU inside KVM_RUN is brought out by KICK_SIGNAL.  Its thread keeps that signal blocked
+and only KVM_RUN unblocks it (KVM_SET_SIGNAL_MASK).  So a kick that arrives at any other moment
+stays pending and interrupts the next KVM_RUN at once: it cannot be lost, and no handler is needed.
+
+Locking.  VM._lock guards the fields of VcpuRecord that say so.  It is held for a few instructions
+only, never while in KVM_RUN, and nothing is called back with it held.  `attention` is what the hot
+path reads without the lock: whoever changes a fact that vm.run() must look at sets it *before* the
+kick.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import signal
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pyvmm import cpustate, emulate, exits, kvm, x86
+from pyvmm.cpustate import Register
+from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.vcpurecord import Capability, HardwareBreakpoint, Injection, VcpuRecord, VmError
+
+if TYPE_CHECKING:
+    from pyvmm.hostprobe import HostProbe
+
+ALL = -1  # for suspend_cpu() and resume_cpu(): every vCPU
+
+KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
+
+# Where KVM on Intel may put three hidden pages for real mode: below the BIOS, as api.rst advises.
+_TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
+
+
+class VM:
+    """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
+
+    def __init__(self, *, device: str = "/dev/kvm") -> None:
+        """Create an empty VM.  Raises OSError when KVM is missing or refuses."""
+        system = kvm.SystemHandle(device)
+        try:
+            self._vcpu_mmap_size = system.vcpu_mmap_size()
+            self.max_vcpus = system.check_extension(kvm.KVM_CAP_MAX_VCPUS)
+            self.coalesced_pio = bool(system.check_extension(kvm.KVM_CAP_COALESCED_PIO))
+            self._cpuid = system.supported_cpuid()
+            self.handle = system.create_vm()
+        finally:
+            system.close()
+        self.memory = GuestMemory(self.handle)
+        self.irqchip = False
+        self._device = device
+        self._lock = threading.Lock()
+        self._vcpus: dict[int, VcpuRecord] = {}
+        self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
+        self._all_suspended = False  # guarded by _lock: since suspend_cpu(ALL), until resume_cpu(ALL)
+        self._ended = False  # guarded by _lock; once True, never False again
+        try:
+            self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
+            self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, kvm.c_uint64(_IDENTITY_MAP_GPA))
+        except OSError:
+            self.close()
+            raise
+
+    def __enter__(self) -> VM:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything.  No vCPU may be in KVM_RUN: end() the VM and join its threads first."""
+        for vcpu in self._vcpus.values():
+            vcpu.close()
+        self._vcpus.clear()
+        self.handle.close()
+        self.memory.close()
+
+    @functools.cached_property
+    def host(self) -> HostProbe:
+        """What the host really does, by experiment; made, and even imported, only when asked for."""
+        from pyvmm import hostprobe
+
+        return hostprobe.host(self._device)
+
+    # --- vCPUs ---------------------------------------------------------------------------------
+
+    def create_vcpu(self, vcpu_id: int) -> None:
+        """Create vCPU `vcpu_id` (its APIC id).  It becomes active when a thread takes it."""
+        if vcpu_id in self._vcpus:
+            raise VmError(errno.EEXIST, f"vCPU {vcpu_id} exists already")
+        handle = self.handle.create_vcpu(vcpu_id, self._vcpu_mmap_size)
+        try:
+            handle.ioctl(kvm.KVM_SET_CPUID2, self._cpuid_of(vcpu_id))
+        except OSError:
+            handle.close()
+            raise
+        with self._lock:
+            self._vcpus[vcpu_id] = VcpuRecord(vcpu_id, handle, self._lock)
+
+    def _cpuid_of(self, vcpu_id: int) -> Any:
+        """What the host supports, with this vCPU's APIC id (SDM vol. 2A, "CPUID")."""
+        for entry in self._cpuid.entries[: self._cpuid.header.nent]:
+            if entry.function == 1:
+                entry.ebx = entry.ebx & 0x00FFFFFF | vcpu_id << 24
+            elif entry.function in (0xB, 0x1F):
+                entry.edx = vcpu_id
+        return self._cpuid
+
+    def activate_cpu(self, vcpu_id: int) -> None:
+        """Make the calling thread the one that runs `vcpu_id`, and the vCPU active.
+
+        Blocks KICK_SIGNAL in this thread.  A vCPU that is activated while all are suspended is
+        debugged from the start, and so parks before its first instruction.
+        """
+        vcpu = self._record(vcpu_id)
+        inside_kvm_run = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - {KICK_SIGNAL}
+        vcpu.handle.set_signal_mask(inside_kvm_run)
+        with self._lock:
+            if vcpu.thread_id is not None:
+                raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has a thread already")
+            vcpu.thread_id = threading.get_ident()
+            vcpu.debugged = vcpu.debugged or self._all_suspended
+            vcpu.update_attention()
+
+    def deactivate_cpu(self, vcpu_id: int) -> None:
+        """The calling thread stops running `vcpu_id`; it is no longer active, nor debugged."""
+        vcpu = self._record(vcpu_id)
+        with self._lock:  # from here on nobody sends the signal to this thread
+            vcpu.thread_id = None
+            vcpu.debugged = False
+            vcpu.update_attention()
+            self._parked.notify_all()
+        _forget_kick()
+
+    def active_cpus(self) -> frozenset[int]:
+        """The ids of the vCPUs that have a thread."""
+        with self._lock:
+            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.thread_id is not None)
+
+    def debug_cpus(self) -> frozenset[int]:
+        """The ids in the debugged set."""
+        with self._lock:
+            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.debugged)
+
+    def halted_cpus(self) -> frozenset[int]:
+        """The ids of the vCPUs that executed `hlt` and have not been woken."""
+        with self._lock:
+            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.halted)
+
+    def all_halted_for_good(self) -> bool:
+        """Whether every active vCPU executed `hlt` with interrupts off: nothing can wake them."""
+        with self._lock:
+            active = [v for v in self._vcpus.values() if v.thread_id is not None]
+            return all(v.halted and not v.kvm_run.if_flag and not v.nmi_wanted for v in active)
+
+    def kick(self, vcpu_id: int) -> None:
+        """Bring `vcpu_id` out of KVM_RUN, now or at its next entry, to look at its state again."""
+        vcpu = self._record(vcpu_id)
+        with self._lock:
+            self._kick(vcpu)
+
+    def _kick(self, vcpu: VcpuRecord) -> None:
+        # The lock guards "this thread still exists": pthread_kill on a finished one may crash.
+        vcpu.wake.notify_all()
+        if vcpu.thread_id is not None and not vcpu.asleep:
+            signal.pthread_kill(vcpu.thread_id, KICK_SIGNAL)
+
+    def _record(self, vcpu_id: int) -> VcpuRecord:
+        vcpu = self._vcpus.get(vcpu_id)
+        if vcpu is None:
+            raise VmError(errno.EINVAL, f"no vCPU {vcpu_id}")
+        return vcpu
+
+    # --- the debugged set ----------------------------------------------------------------------
+
+    def suspend_cpu(self, vcpu_id: int) -> None:
+        """Put an active vCPU, or ALL that are active now, into the debugged set and kick it.
+
+        Returns at once; wait_parked() waits until it executes nothing more.  Suspending a debugged
+        vCPU is fine.  Raises VmError (EINVAL) for an unknown or inactive one; ALL never fails.
+        """
+        with self._lock:
+            if vcpu_id == ALL:
+                self._all_suspended = True
+                chosen = [v for v in self._vcpus.values() if v.thread_id is not None]
+            else:
+                chosen = [self._record(vcpu_id)]
+                if chosen[0].thread_id is None:
+                    raise VmError(errno.EINVAL, f"vCPU {vcpu_id} is not active")
+            for vcpu in chosen:
+                vcpu.debugged = True
+                vcpu.update_attention()
+                self._kick(vcpu)
+            self._parked.notify_all()  # those that sleep already are parked by this
+
+    def resume_cpu(self, vcpu_id: int) -> None:
+        """Take a vCPU, or ALL, out of the debugged set; it executes guest instructions again.
+
+        Raises VmError (EINVAL) for one that is unknown or not debugged; ALL never fails.
+        """
+        with self._lock:
+            if vcpu_id == ALL:
+                self._all_suspended = False
+                chosen = [v for v in self._vcpus.values() if v.debugged]
+            else:
+                chosen = [self._record(vcpu_id)]
+                if not chosen[0].debugged:
+                    raise VmError(errno.EINVAL, f"vCPU {vcpu_id} is not suspended")
+            for vcpu in chosen:
+                vcpu.debugged = False
+                vcpu.update_attention()
+                vcpu.wake.notify_all()
+
+    def wait_parked(self, vcpu_ids: Iterable[int], timeout: float | None = None) -> frozenset[int]:
+        """Wait until each of `vcpu_ids` that is debugged is parked, or the VM has ended.
+
+        Returns those that are not parked after `timeout` seconds: empty when the stop is complete.
+        """
+        wanted = [self._record(vcpu_id) for vcpu_id in vcpu_ids]
+
+        def late() -> frozenset[int]:
+            return frozenset(v.vcpu_id for v in wanted if v.debugged and not v.asleep)
+
+        with self._lock:
+            self._parked.wait_for(lambda: self._ended or not late(), timeout)
+            return late()
+
+    def sleep(self, vcpu_id: int) -> None:
+        """What a vCPU's thread does with a Debug or Hlt exit: sleep until vm.run() has news."""
+        vcpu = self._record(vcpu_id)
+        with self._lock:
+            vcpu.asleep = True
+            if vcpu.debugged:
+                self._parked.notify_all()
+            while (vcpu.debugged or vcpu.halted) and not self._ended and not vcpu.nmi_wanted:
+                vcpu.wake.wait()
+            vcpu.asleep = False
+
+    def end(self) -> None:
+        """End the VM: every vm.run() returns Ended from now on, also of debugged vCPUs."""
+        with self._lock:
+            self._ended = True
+            for vcpu in self._vcpus.values():
+                vcpu.attention = True
+                self._kick(vcpu)
+            self._parked.notify_all()
+
+    # --- capabilities --------------------------------------------------------------------------
+
+    def set_capability(self, vcpu_id: int, capability: Capability, on: bool) -> None:
+        """Switch a capability of a vCPU; it takes effect before its next guest instruction.
+
+        BPT_EXIT: an int3 in the guest leaves it with a Bpt exit.  MTRAP_EXIT: after each
+        instruction a Mtrap exit; external interrupts are held off meanwhile.  HLT_EXIT: always on
+        without an in-kernel irqchip, never with one.
+        Raises VmError: EINVAL no such vCPU, ENOENT no such capability, ENOTSUP the host cannot.
+        """
+        vcpu = self._record(vcpu_id)
+        if not isinstance(capability, Capability):
+            raise VmError(errno.ENOENT, f"no capability {capability!r}")
+        if capability is Capability.HLT_EXIT:
+            if on == self.irqchip:
+                with_or_without = "with" if self.irqchip else "without"
+                raise VmError(
+                    errno.ENOTSUP,
+                    f"HLT_EXIT cannot be {'on' if on else 'off'} {with_or_without} an irqchip",
+                )
+            return
+        if on and capability is Capability.BPT_EXIT and not self.host.breakpoint:
+            raise VmError(errno.ENOTSUP, "this host's KVM does not intercept int3")
+        if on and capability is Capability.MTRAP_EXIT and not self.host.step:
+            raise VmError(errno.ENOTSUP, "this host's KVM cannot single-step")
+        with self._lock:
+            vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
+            self._changed(vcpu)
+
+    def get_capability(self, vcpu_id: int, capability: Capability) -> bool:
+        """Whether a capability is on.  Raises VmError: EINVAL no such vCPU, ENOENT unknown."""
+        vcpu = self._record(vcpu_id)
+        if not isinstance(capability, Capability):
+            raise VmError(errno.ENOENT, f"no capability {capability!r}")
+        if capability is Capability.HLT_EXIT:
+            return not self.irqchip
+        return capability in vcpu.wanted
+
+    def set_hardware_breakpoints(
+        self, vcpu_id: int, breakpoints: Iterable[HardwareBreakpoint]
+    ) -> None:
+        """Use DR0 to DR3 of a vCPU for these; hits are Db exits.  None gives them to the guest.
+
+        Raises VmError: EINVAL no such vCPU, ENOSPC more than four.
+        """
+        vcpu = self._record(vcpu_id)
+        chosen = tuple(breakpoints)
+        if len(chosen) > 4:
+            raise VmError(errno.ENOSPC, "x86 has four hardware breakpoints")
+        with self._lock:
+            vcpu.breakpoints = chosen
+            self._changed(vcpu)
+
+    def _changed(self, vcpu: VcpuRecord) -> None:
+        """KVM must be told before the next entry; only the vCPU's own thread can (lock held)."""
+        vcpu.stale = True
+        vcpu.update_attention()
+        if vcpu.thread_id != threading.get_ident():
+            self._kick(vcpu)
+
+    # --- registers and events ------------------------------------------------------------------
+
+    def get_register(self, vcpu_id: int, register: Register) -> int:
+        """Read a register.  Raises VmError: EINVAL no such vCPU, EBUSY it is running.
+
+        Reading GUEST_ENTRY_INST_LENGTH is EINVAL where the host, as AMD's, has no such field.
+        """
+        vcpu = self._accessible(vcpu_id)
+        if register is Register.GUEST_ENTRY_INST_LENGTH:
+            if self.host.injection is Injection.NEXT_RIP:
+                raise VmError(errno.EINVAL, "this host has no VM-entry instruction length")
+            return vcpu.entry_inst_length
+        return cpustate.get(vcpu.handle, register)
+
+    def set_register(self, vcpu_id: int, register: Register, value: int) -> None:
+        """Write a register.  Raises VmError: EINVAL no such vCPU or value, EBUSY it is running.
+
+        A halted vCPU whose RIP is written runs on from there.
+        """
+        vcpu = self._accessible(vcpu_id)
+        if register is Register.GUEST_ENTRY_INST_LENGTH:
+            if not 0 <= value <= 15:
+                raise VmError(errno.EINVAL, f"no instruction is {value} bytes long")
+            vcpu.entry_inst_length = value
+            return
+        try:
+            cpustate.set(vcpu.handle, register, value)
+        except OverflowError as error:
+            raise VmError(errno.EINVAL, str(error)) from None
+        if register is Register.RIP:
+            self._unhalt(vcpu)
+
+    def state(self, vcpu_id: int) -> kvm.VcpuHandle:
+        """The vCPU's handle, for whole structures.  Raises VmError (EBUSY) while it is running."""
+        return self._accessible(vcpu_id).handle
+
+    def inject_exception(
+        self,
+        vcpu_id: int,
+        vector: int,
+        error_code: int | None = None,
+        restart_instruction: bool = False,
+    ) -> None:
+        """Queue an exception for the vCPU's next entry; does not kick.
+
+        For #BP the guest sees a saved RIP of RIP + GUEST_ENTRY_INST_LENGTH on every host (where the
+        host has that field); with `restart_instruction` it sees RIP itself.
+        Raises VmError: EINVAL no such vCPU, a vector outside 0..31, or #DF; EBUSY the vCPU is
+        running, has I/O in flight, or has an exception pending already.
+        """
+        vcpu = self._accessible(vcpu_id)
+        if not 0 <= vector < 32 or vector == x86.VECTOR_DF:
+            raise VmError(errno.EINVAL, f"vector {vector} is no exception to inject")
+        if vcpu.io_in_flight:
+            raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has I/O in flight")
+        events = vcpu.handle.get(kvm.kvm_vcpu_events)
+        if events.exception.injected or events.exception.pending:
+            raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has an exception pending")
+        if vector == x86.VECTOR_BP:
+            self._move_rip_for_bp(vcpu, 0 if restart_instruction else vcpu.entry_inst_length)
+        events.exception.injected = 1
+        events.exception.nr = vector
+        events.exception.has_error_code = error_code is not None
+        events.exception.error_code = error_code or 0
+        events.flags = 0  # only the exception: the other fields may be older than what is queued
+        vcpu.handle.set(events)
+        self._unhalt(vcpu)
+
+    def _move_rip_for_bp(self, vcpu: VcpuRecord, length: int) -> None:
+        """Move RIP so that the host, which adds what the probe found, saves RIP + `length`."""
+        injection = self.host.injection
+        if injection is Injection.NEXT_RIP:
+            return
+        added = vcpu.last_bpt_length if injection is Injection.EXIT_LENGTH else 0
+        if length != added:
+            regs = vcpu.handle.get(kvm.kvm_regs)
+            regs.rip += length - added
+            vcpu.handle.set(regs)
+
+    def inject_nmi(self, vcpu_id: int) -> None:
+        """Raise a non-maskable interrupt, from any thread; wakes a halted vCPU.
+
+        Raises VmError (EINVAL) for an unknown vCPU.
+        """
+        vcpu = self._record(vcpu_id)
+        with self._lock:
+            vcpu.nmi_wanted = True
+            self._changed(vcpu)
+
+    def _accessible(self, vcpu_id: int) -> VcpuRecord:
+        """The record, if the caller may touch its registers now."""
+        vcpu = self._record(vcpu_id)
+        with self._lock:
+            if vcpu.thread_id not in (None, threading.get_ident()) and not vcpu.parked:
+                raise VmError(errno.EBUSY, f"vCPU {vcpu_id} is running: suspend it first")
+        return vcpu
+
+    def _unhalt(self, vcpu: VcpuRecord) -> None:
+        with self._lock:
+            vcpu.halted = False
+            vcpu.update_attention()
+            vcpu.wake.notify_all()
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, vcpu_id: int) -> exits.Exit:
+        """Run a vCPU, on the thread that activated it, until something happens: a typed exit.
+
+        Order of checks before the guest is entered: VM ended, debugged, halted, events, enter.
+        """
+        vcpu = self._vcpus[vcpu_id]
+        kvm_run, fd, decoders = vcpu.kvm_run, vcpu.fd, self.DECODERS
+        while True:
+            if vcpu.attention:
+                exit = self._before_entry(vcpu)
+                if exit is not None:
+                    return exit
+            if kvm.run(fd):
+                exit = decoders.get(kvm_run.exit_reason, VM._unhandled)(self, vcpu)
+                vcpu.last_exit = exit
+                if exit is not None:
+                    return exit
+            else:
+                vcpu.last_exit = None  # what was in flight is finished
+                _forget_kick()
+
+    def answer(self, vcpu_id: int, data: bytes) -> None:
+        """Give the bytes that the guest reads, for the InOut or Mmio that run() just returned."""
+        vcpu = self._vcpus[vcpu_id]
+        if isinstance(vcpu.last_exit, exits.InOut):
+            offset = vcpu.kvm_run.io.data_offset
+            vcpu.handle.map[offset : offset + len(data)] = data
+        else:
+            vcpu.kvm_run.mmio.data[: len(data)] = data
+
+    def _before_entry(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        """All that must be looked at before the guest is entered; None: enter it."""
+        if self._ended:
+            return exits.Ended()
+        if vcpu.stale:
+            self._tell_kvm(vcpu)
+        if vcpu.io_in_flight and (vcpu.debugged or Capability.MTRAP_EXIT in vcpu.wanted):
+            # Finish the access, and nothing else: what a debugger reads is consistent then, and
+            # for a step that was its one instruction.
+            exit = self._complete_io(vcpu)
+            if exit is not None:
+                return exit
+            if Capability.MTRAP_EXIT in vcpu.wanted:
+                return exits.Mtrap()
+        if vcpu.debugged:
+            return exits.Debug()
+        if vcpu.halted:
+            return exits.Hlt(bool(vcpu.kvm_run.if_flag))
+        if Capability.MTRAP_EXIT in vcpu.wanted:
+            return self._begin_step(vcpu)
+        return None
+
+    def _begin_step(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        """Arm a single-step, unless the instruction is one that pyvmm executes itself."""
+        cpu = self._cpu(vcpu)
+        code = cpu.fetch()
+        length = x86.int3_length(code, cpu.mode)
+        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+            return exits.Bpt(length)
+        if self._complete_in_software(vcpu, cpu, code):
+            return exits.Mtrap()
+        # Each time anew: an instruction that loads RFLAGS clears the trap flag KVM has set there.
+        vcpu.set_guest_debug()
+        return None
+
+    def _complete_io(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        """Finish the I/O in flight without entering the guest.
+
+        It can cause an exit: the next piece of a wide or repeated access, or the end of a step.
+        """
+        vcpu.kvm_run.immediate_exit = 1
+        finished = kvm.run(vcpu.fd)
+        vcpu.kvm_run.immediate_exit = 0
+        vcpu.last_exit = None
+        if finished:
+            decode = self.DECODERS.get(vcpu.kvm_run.exit_reason, VM._unhandled)
+            vcpu.last_exit = decode(self, vcpu)
+        return vcpu.last_exit
+
+    def _tell_kvm(self, vcpu: VcpuRecord) -> None:
+        """Bring KVM up to date with what was asked for since the last entry."""
+        with self._lock:
+            vcpu.stale = False
+            nmi, vcpu.nmi_wanted = vcpu.nmi_wanted, False
+            if nmi:
+                vcpu.halted = False
+            vcpu.update_attention()
+        if nmi:
+            vcpu.handle.ioctl(kvm.KVM_NMI)
+        vcpu.set_guest_debug()
+
+    # --- from kvm_run to a typed exit ----------------------------------------------------------
+    # None means that pyvmm dealt with it: run() enters the guest again.
+
+    def _io_exit(self, vcpu: VcpuRecord) -> exits.Exit:
+        direction, size, port, count, offset = _KVM_RUN_IO.unpack_from(vcpu.map, _KVM_RUN_IO_OFFSET)
+        if direction == kvm.KVM_EXIT_IO_IN:
+            return _in_out(port, size, True, count, b"")
+        return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
+
+    def _mmio_exit(self, vcpu: VcpuRecord) -> exits.Exit:
+        mmio = vcpu.kvm_run.mmio
+        length = mmio.len
+        if mmio.is_write:
+            return exits.Mmio(mmio.phys_addr, length, True, bytes(mmio.data[:length]))
+        return exits.Mmio(mmio.phys_addr, length, False, b"")
+
+    def _hlt_exit(self, vcpu: VcpuRecord) -> exits.Exit:
+        if Capability.MTRAP_EXIT in vcpu.wanted:
+            return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
+        with self._lock:
+            vcpu.halted = True
+            vcpu.update_attention()
+        return exits.Hlt(bool(vcpu.kvm_run.if_flag))
+
+    def _debug_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        debug = vcpu.kvm_run.debug
+        if debug.exception == x86.VECTOR_BP:
+            cpu = self._cpu(vcpu)
+            length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
+            vcpu.last_bpt_length = length
+            return self._bpt(vcpu, length)
+        if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
+            return exits.Db(debug.dr6)
+        if Capability.MTRAP_EXIT in vcpu.wanted:
+            return exits.Mtrap()
+        if vcpu.control & kvm.KVM_GUESTDBG_SINGLESTEP:
+            return None  # the step was called off while it was under way
+        return exits.Db(debug.dr6)
+
+    def _bpt(self, vcpu: VcpuRecord, length: int) -> exits.Exit | None:
+        """An int3 that the host did not execute: an exit if it was asked for, else the guest's."""
+        if Capability.BPT_EXIT in vcpu.wanted:
+            return exits.Bpt(length)
+        kept, vcpu.entry_inst_length = vcpu.entry_inst_length, length
+        self.inject_exception(vcpu.vcpu_id, x86.VECTOR_BP)
+        vcpu.entry_inst_length = kept
+        return None
+
+    def _internal_error(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        """KVM's instruction emulator gave up.  On some hosts that is how an int3 shows itself."""
+        failure = vcpu.kvm_run.emulation_failure
+        if failure.suberror != kvm.KVM_INTERNAL_ERROR_EMULATION:
+            return exits.InternalError(failure.suberror, b"")
+        code = b""
+        if failure.flags & kvm.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
+            code = bytes(failure.insn_bytes[: failure.insn_size])
+        cpu = self._cpu(vcpu)
+        length = x86.int3_length(code, cpu.mode)
+        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+            return exits.Bpt(length)
+        if self._complete_in_software(vcpu, cpu, code):
+            return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
+        return exits.InternalError(failure.suberror, code)
+
+    def _shutdown_exit(self, vcpu: VcpuRecord) -> exits.Exit:
+        return exits.Shutdown()
+
+    def _system_event(self, vcpu: VcpuRecord) -> exits.Exit:
+        return exits.SystemEvent(vcpu.kvm_run.system_event.type)
+
+    def _fail_entry(self, vcpu: VcpuRecord) -> exits.Exit:
+        return exits.FailEntry(vcpu.kvm_run.fail_entry.hardware_entry_failure_reason)
+
+    def _unhandled(self, vcpu: VcpuRecord) -> exits.Exit:
+        reason = vcpu.kvm_run.exit_reason
+        return exits.Unhandled(kvm.EXIT_NAMES.get(reason, f"KVM exit {reason}"))
+
+    DECODERS: ClassVar[dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]]] = {
+        kvm.KVM_EXIT_IO: _io_exit,
+        kvm.KVM_EXIT_MMIO: _mmio_exit,
+        kvm.KVM_EXIT_HLT: _hlt_exit,
+        kvm.KVM_EXIT_DEBUG: _debug_exit,
+        kvm.KVM_EXIT_INTERNAL_ERROR: _internal_error,
+        kvm.KVM_EXIT_SHUTDOWN: _shutdown_exit,
+        kvm.KVM_EXIT_SYSTEM_EVENT: _system_event,
+        kvm.KVM_EXIT_FAIL_ENTRY: _fail_entry,
+    }
+
+    # --- guest virtual memory, as the vCPU sees it -----------------------------------------------
+
+    def translate(self, vcpu_id: int, gva: int) -> int:
+        """The GPA behind `gva` with the vCPU's own paging, as CPL 0; it need not be RAM.
+
+        Raises paging.TranslationFault where nothing is mapped, VmError as get_register() does.
+        """
+        return self._virtual(self._accessible(vcpu_id)).translate(gva)
+
+    def read_virtual(self, vcpu_id: int, gva: int, length: int) -> bytes:
+        """Read `length` bytes at a GVA.  Raises as translate() does, and GuestMemoryError."""
+        return self._virtual(self._accessible(vcpu_id)).read(gva, length)
+
+    def write_virtual(self, vcpu_id: int, gva: int, data: bytes) -> None:
+        """Write at a GVA, all of `data` or nothing.  Raises as read_virtual() does."""
+        self._virtual(self._accessible(vcpu_id)).write(gva, data)
+
+    def _virtual(self, vcpu: VcpuRecord, sregs: kvm.kvm_sregs | None = None) -> VirtualMemory:
+        return VirtualMemory(self.memory, sregs or vcpu.handle.get(kvm.kvm_sregs))
+
+    # --- instructions executed by pyvmm (emulate.py) -------------------------------------------
+
+    def cpu(self, vcpu_id: int) -> emulate.Cpu:
+        """A copy of a vCPU's state, with its view of memory.  Raises as get_register() does."""
+        return self._cpu(self._accessible(vcpu_id))
+
+    def _cpu(self, vcpu: VcpuRecord) -> emulate.Cpu:
+        handle = vcpu.handle
+        sregs = handle.get(kvm.kvm_sregs)
+        virtual = self._virtual(vcpu, sregs)
+        return emulate.Cpu(
+            handle.get(kvm.kvm_regs),
+            sregs,
+            virtual.read,
+            virtual.write,
+            lambda index: handle.get_msrs([index])[0],
+        )
+
+    def _complete_in_software(self, vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
+        """Execute the instruction that `code` begins with, at RIP, if it is one of emulate.py's."""
+        if not emulate.complete(cpu, code):
+            return False
+        vcpu.handle.set(cpu.sregs)
+        vcpu.handle.set(cpu.regs)
+        return True
+
+
+_KVM_RUN_IO = struct.Struct("=BBHIQ")  # kvm_run.io in one go: the hottest exit there is
+_KVM_RUN_IO_OFFSET = kvm.kvm_run.exit.offset
+
+# Exits are values, and a polling guest makes the same few over and over: keep them.
+_in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
+
+
+def _forget_kick() -> None:
+    """Take a pending KICK_SIGNAL of this thread away."""
+    signal.sigtimedwait({KICK_SIGNAL}, 0)

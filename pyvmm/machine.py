@@ -1,0 +1,371 @@
+"""A whole machine: owns the VM, its memory, devices and vCPU threads; builds, runs, ends them.
+
+    with Machine("guests/hello.bin") as machine:
+        stop = machine.run(timeout=5)
+
+Order of teardown, which close() follows: ask all to end, join the vCPU threads, drop the views of
+their maps, close vCPUs and VM, and last the memory, which KVM may use until then.
+
+Threads: the caller's (run, interrupt, close) and one for each vCPU.  `_lock` guards `_stop`, the
+first reason to end; it is a leaf.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from pyvmm import exits, kvm, vcpu
+from pyvmm.boot import Image, check_fits, read_image
+from pyvmm.boot.entry import RESERVED, set_entry_state, write_boot_structures
+from pyvmm.bus import Bus, CallbackDevice
+from pyvmm.coalesced import CoalescedPorts
+from pyvmm.cpustate import Register
+from pyvmm.devices.debugcon import DEBUGCON_PORT, DebugConsole
+from pyvmm.devices.debugexit import DEBUG_EXIT_PORT, DebugExit
+from pyvmm.devices.serial import COM1_PORT, Serial
+from pyvmm.hypervisor import ALL, VM
+from pyvmm.stop import Stop, StopReason
+
+DEFAULT_MEMORY = 64 << 20  # bytes
+MIN_MEMORY = 1 << 20
+MMIO_HOLE = 3 << 30, 1 << 30  # GPA, bytes: RAM that would lie here continues at 4 GiB
+
+_DRAIN_SECONDS = 0.02  # how long collected output may wait when the guest makes no exits
+_JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
+
+
+class Machine:
+    """A guest with its memory, devices and vCPUs.  A context manager; use it from one thread.
+
+    interrupt() may be called from any thread or from a signal handler.
+    """
+
+    def __init__(
+        self,
+        image: Image | str | os.PathLike[str],
+        *,
+        cpus: int = 1,
+        memory: int = DEFAULT_MEMORY,
+        output: Callable[[bytes], None] | None = None,
+        device: str = "/dev/kvm",
+        coalesce: bool = True,
+    ) -> None:
+        """Build a machine that is ready to run `image` (a path, or what read_image() returned).
+
+        `memory` is in bytes.  Guest output goes to `output`, or is kept in the attribute `output`.
+        `coalesce=False` makes each printed byte an exit of its own.
+        Raises ImageError, ValueError for impossible numbers, OSError when KVM refuses.
+        """
+        if not isinstance(image, Image):
+            image = read_image(image)
+        if cpus < 1:
+            raise ValueError(f"a machine has at least one vCPU, not {cpus}")
+        if memory < MIN_MEMORY or memory % 4096:
+            raise ValueError(f"{memory} bytes of memory: at least 1M, in whole pages of 4K")
+        self.image = image
+        self.ports, self.mmio = Bus("port"), Bus("GPA")
+        self.output = bytearray()
+        self._print = output or self.output.extend
+        self._coalesced: CoalescedPorts | None = None
+        self.threads: dict[int, vcpu.VcpuThread] = {}
+        self.handlers: dict[type, vcpu.Handler] = dict(vcpu.HANDLERS)
+        self._lock = threading.Lock()
+        self._stop: Stop | None = None
+        self._interrupted = False
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._input: tuple[int, Serial] | None = None
+        try:
+            self.vm = VM(device=device)
+        except OSError:
+            os.close(self._wake)
+            raise
+        try:
+            self._build(cpus, memory, coalesce)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, cpus: int, memory: int, coalesce: bool) -> None:
+        ram = _ram_ranges(memory)
+        check_fits(self.image, ram, RESERVED[self.image.mode])
+        if cpus > self.vm.max_vcpus:
+            raise ValueError(f"this host's KVM has at most {self.vm.max_vcpus} vCPUs, not {cpus}")
+        for gpa, size in ram:
+            self.vm.memory.add_slot(gpa, size)
+        write_boot_structures(self.vm.memory, self.image.mode)
+        for segment in self.image.segments:
+            self.vm.memory.write(segment.gpa, segment.data)
+        self.serial = Serial(self._print)
+        debug_console = DebugConsole(self._print)
+        self.ports.claim(COM1_PORT, Serial.size, self.serial, "COM1")
+        self.ports.claim(DEBUGCON_PORT, DebugConsole.size, debug_console, "debug console")
+        self.ports.claim(DEBUG_EXIT_PORT, DebugExit.size, DebugExit(_debug_exit), "debug-exit")
+        for vcpu_id in range(cpus):
+            self.vm.create_vcpu(vcpu_id)
+            set_entry_state(self.vm.state(vcpu_id), vcpu_id, self.image.mode, self.image.entry)
+        if coalesce and self.vm.coalesced_pio:
+            self._coalesced = CoalescedPorts(
+                self.vm.handle,
+                self.vm.state(0).map,
+                {COM1_PORT: self.serial.write_many, DEBUGCON_PORT: debug_console.write_many},
+            )
+        self.cpus = cpus
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- running -------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None = None, max_exits: int | None = None) -> Stop:
+        """Let the guest run until it ends, a limit is reached or interrupt() is called.
+
+        `timeout` in seconds, `max_exits` over all vCPUs.  After a limit the vCPUs are suspended,
+        memory and registers can be looked at, and run() goes on.  After the end it returns the
+        same Stop again.
+        """
+        self._interrupted = False
+        if self._stop is None:
+            limiter = None if max_exits is None else _ExitLimiter(self, max_exits)
+            for thread in self.threads.values():
+                thread.handlers = self._handlers_now(limiter)
+            if not self.threads:
+                self._start_threads(limiter)
+            self.vm.resume_cpu(ALL)
+            stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
+            if stop is not None:
+                self.vm.suspend_cpu(ALL)
+                self.vm.wait_parked(self.threads)
+                self.drain_output()
+                if self._stop is None:
+                    return stop
+        self._join()
+        self.drain_output()
+        assert self._stop is not None
+        return self._stop
+
+    def _handlers_now(self, limiter: _ExitLimiter | None) -> dict[type, vcpu.Handler]:
+        return self.handlers if limiter is None else limiter.wrap(self.handlers)
+
+    def _start_threads(self, limiter: _ExitLimiter | None) -> None:
+        self.vm.suspend_cpu(ALL)  # they become active one by one, and then start together
+        for vcpu_id in range(self.cpus):
+            thread = vcpu.VcpuThread(self, vcpu_id, self._handlers_now(limiter))
+            self.threads[vcpu_id] = thread
+            thread.start()
+        for thread in self.threads.values():
+            thread.active.wait()
+
+    def _wait(self, deadline: float | None, limiter: _ExitLimiter | None) -> Stop | None:
+        """Wait for the end (None) or for a limit (its Stop)."""
+        while True:
+            if self._stop is not None:
+                return None
+            if self._interrupted:
+                return Stop(StopReason.INTERRUPTED, "interrupted")
+            if limiter is not None and limiter.reached:
+                return Stop(StopReason.EXIT_LIMIT, f"{limiter.limit} exits")
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return Stop(StopReason.TIMEOUT, "the time limit was reached")
+            if self._coalesced is not None:
+                left = _DRAIN_SECONDS if left is None else min(left, _DRAIN_SECONDS)
+            self._wait_for_wake(left)
+            self.drain_output()
+
+    def _wait_for_wake(self, seconds: float | None) -> None:
+        readable = [self._wake]
+        if self._input is not None and self._input[1].room():
+            readable.append(self._input[0])
+        ready, _, _ = select.select(readable, [], [], seconds)
+        if self._wake in ready:
+            os.eventfd_read(self._wake)
+        if self._input is not None and self._input[0] in ready:
+            fd, serial = self._input
+            data = os.read(fd, serial.room())
+            serial.receive(data)
+            if not data:
+                self._input = None
+
+    def connect_input(self, fd: int) -> None:
+        """Let what can be read from `fd` reach the guest's COM1 while run() waits."""
+        self._input = fd, self.serial
+
+    def interrupt(self) -> None:
+        """Make run() return.  From any thread, or from a signal handler: takes no lock."""
+        self._interrupted = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Make run() look at its limits again."""
+        os.eventfd_write(self._wake, 1)
+
+    def drain_output(self) -> None:
+        """Print what the kernel has collected (see coalesced.py)."""
+        if self._coalesced is not None:
+            self._coalesced.drain()
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def stop(self, stop: Stop) -> None:
+        """End the VM for this reason, unless it is ending already.  From any thread."""
+        with self._lock:
+            if self._stop is None:
+                self._stop = stop
+        self.vm.end()
+        self.wake()
+
+    def fail(self, vcpu_id: int, error: BaseException) -> None:
+        """End the VM because a vCPU's thread met an exception."""
+        if isinstance(error, OSError):
+            message, report = str(error.strerror or error), ""
+        else:
+            message = f"{type(error).__name__}: {error}"
+            report = "".join(traceback.format_exception(error)).rstrip()
+        self.stop(Stop(StopReason.FAILED, f"vCPU {vcpu_id}: {message}", report, vcpu_id))
+
+    def crash(self, vcpu_id: int, exit: exits.Exit) -> Stop:
+        """The Stop for an exit that the guest cannot go on from."""
+        from pyvmm import report
+
+        cpu = self.vm.cpu(vcpu_id)
+        lines = (
+            report.explain(exit, cpu),
+            report.registers(cpu.regs, cpu.sregs),
+            report.code_bytes(cpu),
+        )
+        message = f"vCPU {vcpu_id}: {exit.name}"
+        return Stop(StopReason.CRASHED, message, "\n".join(lines), vcpu_id, exit)
+
+    def _join(self) -> None:
+        deadline = time.monotonic() + _JOIN_SECONDS
+        for thread in self.threads.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = [thread.name for thread in self.threads.values() if thread.is_alive()]
+        if stuck:
+            raise RuntimeError(f"{', '.join(stuck)} did not stop within {_JOIN_SECONDS:g} s")
+
+    def close(self) -> None:
+        """End the VM and free everything; closing again does nothing.
+
+        Raises RuntimeError naming the thread if one does not stop; what it uses is left alone.
+        """
+        if self._wake < 0:
+            return
+        self.vm.end()
+        self._join()
+        if self._coalesced is not None:
+            self._coalesced.close()
+        self.vm.close()
+        os.close(self._wake)
+        self._wake = -1
+
+    # --- looking inside, while the guest does not run --------------------------------------------
+
+    def registers(self, vcpu_id: int = 0) -> dict[str, int]:
+        """The general registers, RIP and RFLAGS of a vCPU, by lower-case name."""
+        regs = self.vm.state(vcpu_id).get(kvm.kvm_regs)
+        return {name: getattr(regs, name) for name, _ in kvm.kvm_regs._fields_}
+
+    def get_register(self, name: str, vcpu_id: int = 0) -> int:
+        """A register by name ("rip", "cr3", "cs_base"): see cpustate.Register.  KeyError if none."""
+        return self.vm.get_register(vcpu_id, Register[name.upper()])
+
+    def set_register(self, name: str, value: int, vcpu_id: int = 0) -> None:
+        """Write a register by name."""
+        self.vm.set_register(vcpu_id, Register[name.upper()], value)
+
+    def read_memory(
+        self, address: int, length: int, *, physical: bool = False, vcpu_id: int = 0
+    ) -> bytes:
+        """Read `length` bytes at a GVA of `vcpu_id`, or at a GPA with `physical=True`.
+
+        Raises GuestMemoryError where there is no RAM, paging.TranslationFault for an unmapped GVA.
+        """
+        if physical:
+            return self.vm.memory.read(address, length)
+        return self.vm.read_virtual(vcpu_id, address, length)
+
+    def write_memory(
+        self, address: int, data: bytes, *, physical: bool = False, vcpu_id: int = 0
+    ) -> None:
+        """Write `data` at a GVA of `vcpu_id`, or at a GPA with `physical=True`; all or nothing."""
+        if physical:
+            self.vm.memory.write(address, data)
+        else:
+            self.vm.write_virtual(vcpu_id, address, data)
+
+    def on_port(
+        self,
+        port: int,
+        size: int = 1,
+        *,
+        read: Callable[[int, int], int] | None = None,
+        write: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        """Call `read(offset, size)` and `write(offset, size, value)` for `size` ports from `port`.
+
+        They are called on the vCPU's thread.  Raises ValueError if a device is there already.
+        """
+        self.ports.claim(port, size, CallbackDevice(read, write), "a callback")
+
+    def on_mmio(
+        self,
+        gpa: int,
+        size: int,
+        *,
+        read: Callable[[int, int], int] | None = None,
+        write: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        """The same for `size` bytes of guest-physical addresses, where there is no RAM."""
+        self.mmio.claim(gpa, size, CallbackDevice(read, write), "a callback")
+
+
+class _ExitLimiter:
+    """Counts exits of all vCPUs and stops each vCPU at the limit."""
+
+    def __init__(self, machine: Machine, limit: int) -> None:
+        self._machine = machine
+        self._lock = threading.Lock()
+        self.limit = limit
+        self._left = limit  # guarded by _lock
+        self.reached = limit <= 0
+
+    def wrap(self, handlers: dict[type, vcpu.Handler]) -> dict[type, vcpu.Handler]:
+        free = (exits.Debug, exits.Ended)  # made by pyvmm, not exits of the guest
+        return {k: h if k in free else self._count(h) for k, h in handlers.items()}
+
+    def _count(self, handler: vcpu.Handler) -> vcpu.Handler:
+        def counted(cpu: vcpu.VcpuThread, exit: exits.Exit) -> None:
+            with self._lock:
+                self._left -= 1
+                self.reached = self._left <= 0
+            if self.reached:  # before the handler: it may sleep
+                self._machine.vm.suspend_cpu(ALL)
+                self._machine.wake()
+            handler(cpu, exit)
+
+        return counted
+
+
+def _ram_ranges(memory: int) -> list[tuple[int, int]]:
+    """Where `memory` bytes of RAM lie: (gpa, bytes), around the MMIO hole."""
+    hole, hole_size = MMIO_HOLE
+    if memory <= hole:
+        return [(0, memory)]
+    return [(0, hole), (hole + hole_size, memory - hole)]
+
+
+def _debug_exit(status: int) -> None:
+    stop = Stop(StopReason.DEBUG_EXIT, f"debug-exit, status {status}", guest_status=status)
+    raise vcpu.StopVm(stop)

@@ -1,0 +1,146 @@
+"""Guest RAM: memory slots, GPA to HVA, and bounds-checked reads and writes.
+
+A memory slot is a range of guest-physical addresses (GPA) that KVM backs with a range of ours
+(host virtual addresses, HVA).  The pages are anonymous and untouched ones cost nothing, so a large
+guest is cheap.  Addresses outside of all slots are not RAM: a guest's access to one is an MMIO exit,
+and a read or write of one here raises GuestMemoryError.
+
+VirtualMemory is the same RAM by guest virtual address (GVA), through a vCPU's page tables; the walk
+itself is in paging.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyvmm import kvm
+from pyvmm.errors import GuestMemoryError
+
+PAGE_SIZE = 4096
+_MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; not in every Python's mmap module
+
+
+class MemorySlot(NamedTuple):
+    """One memory slot; `size` in bytes, `readonly` for the guest (we may always write)."""
+
+    number: int
+    gpa: int
+    size: int
+    readonly: bool
+    pages: mmap.mmap
+
+    @property
+    def end(self) -> int:
+        """The first GPA after the slot."""
+        return self.gpa + self.size
+
+
+class GuestMemory:
+    """The memory slots of one VM.
+
+    Slots are added before the vCPUs run and stay until close(): unmapping pages under a slot is
+    accepted by the kernel and kills the guest's next access, so there is no remove().
+    """
+
+    def __init__(self, vm: kvm.VmHandle) -> None:
+        self._vm = vm
+        self.slots: list[MemorySlot] = []
+
+    def add_slot(self, gpa: int, size: int, *, readonly: bool = False) -> MemorySlot:
+        """Give the guest `size` bytes of zeroed RAM at `gpa`, both multiples of 4096.
+
+        Guest writes to a `readonly` slot become MMIO exits, as to a ROM.
+        Raises ValueError for odd or overlapping ranges, OSError when the host has no memory.
+        """
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0 or gpa < 0:
+            raise ValueError(f"memory slot {gpa:#x}+{size:#x} is not made of whole pages")
+        for slot in self.slots:
+            if gpa < slot.end and slot.gpa < gpa + size:
+                raise ValueError(f"memory slot {gpa:#x}+{size:#x} overlaps {slot.gpa:#x}")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        pages = mmap.mmap(-1, size, flags=flags)
+        # from_buffer pins the mapping; the pin goes with the temporary, the address stays valid
+        # for as long as `pages` is not closed.
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        slot = MemorySlot(len(self.slots), gpa, size, readonly, pages)
+        try:
+            kvm_flags = kvm.KVM_MEM_READONLY if readonly else 0
+            self._vm.set_memory_slot(slot.number, gpa, size, hva, kvm_flags)
+        except OSError:
+            pages.close()
+            raise
+        self.slots.append(slot)
+        return slot
+
+    def find(self, gpa: int, length: int = 1) -> MemorySlot:
+        """The slot that holds all of [gpa, gpa + length).  Raises GuestMemoryError."""
+        for slot in self.slots:
+            if slot.gpa <= gpa and gpa + length <= slot.end:
+                return slot
+        raise GuestMemoryError(gpa, length)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Copy `length` bytes out of guest RAM.  Raises GuestMemoryError."""
+        slot = self.find(gpa, length)
+        offset = gpa - slot.gpa
+        return slot.pages[offset : offset + length]
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` into guest RAM.  All of it, or GuestMemoryError and nothing."""
+        slot = self.find(gpa, len(data))
+        offset = gpa - slot.gpa
+        slot.pages[offset : offset + len(data)] = bytes(data)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """(gpa, size in bytes) of each slot that the guest may write, in order of address."""
+        return sorted((slot.gpa, slot.size) for slot in self.slots if not slot.readonly)
+
+    def close(self) -> None:
+        """Unmap the pages.  The VM must be closed before: KVM would walk them."""
+        for slot in self.slots:
+            slot.pages.close()
+        self.slots.clear()
+
+
+class VirtualMemory:
+    """Guest memory by GVA, as a vCPU with these `sregs` sees it at CPL 0, write protection aside."""
+
+    def __init__(self, memory: GuestMemory, sregs: kvm.kvm_sregs) -> None:
+        # Only debugging needs the page walk: a guest that merely runs must not wait for its import.
+        from pyvmm import paging
+
+        self._memory = memory
+        self._paging = paging
+        self._registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+
+    def translate(self, gva: int) -> int:
+        """The GPA behind `gva`.  Raises paging.TranslationFault."""
+        return self._paging.translate(self._memory.read, self._registers, gva)[0]
+
+    def pieces(self, gva: int, length: int) -> Iterator[tuple[int, int]]:
+        """(gpa, bytes) for each physically contiguous piece of [gva, gva + length).
+
+        Raises paging.TranslationFault where nothing is mapped, after the pieces before it.
+        """
+        while length > 0:
+            gpa, in_page = self._paging.translate(self._memory.read, self._registers, gva)
+            piece = min(in_page, length)
+            yield gpa, piece
+            gva, length = gva + piece, length - piece
+
+    def read(self, gva: int, length: int) -> bytes:
+        """`length` bytes at `gva`.  Raises paging.TranslationFault or GuestMemoryError."""
+        return b"".join(self._memory.read(gpa, size) for gpa, size in self.pieces(gva, length))
+
+    def write(self, gva: int, data: bytes) -> None:
+        """Write all of `data` at `gva`, or nothing.  Raises as read() does."""
+        pieces = list(self.pieces(gva, len(data)))
+        for gpa, size in pieces:
+            self._memory.find(gpa, size)
+        offset = 0
+        for gpa, size in pieces:
+            self._memory.write(gpa, data[offset : offset + size])
+            offset += size

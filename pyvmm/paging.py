@@ -1,0 +1,538 @@
+"""Paging: from a guest virtual address (gva) to a guest physical address (gpa), in software.
+
+The processor walks the guest's page tables by itself; a debugger has to do it again, because it is
+handed guest virtual addresses and can read only guest physical memory. This module is that walk, as
+pure functions: the page tables come from a callback `read_physical(gpa, length) -> bytes`, which
+raises `GuestMemoryError` where there is no RAM, and the rest comes from the control registers.
+Nothing here knows of KVM. `identity_map_4gib` goes the other way: it builds the page tables with
+which a long-mode guest starts.
+
+Source: Intel SDM vol. 3A, chapter "Paging". Each level of each mode is one row in `_layout`; the
+walk itself is one loop that knows no mode.
+
+Left out on purpose: permission checks (a debugger reads and writes as CPL 0 and ignores write
+protection, SMEP, SMAP and protection keys; what the tables permit is reported, not enforced),
+accessed and dirty bits (looking must not change the guest), the TLB (memory is the truth here, a
+processor may still use an older translation), and linear-address masking (LAM).
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import NamedTuple
+
+from pyvmm.errors import GuestMemoryError
+
+ReadPhysical = Callable[[int, int], bytes]
+
+# The control bits that choose a paging mode. SDM vol. 3A, "Control Registers" and "Extended Feature
+# Enable Register".
+CR0_PG = 1 << 31
+CR4_PSE = 1 << 4
+CR4_PAE = 1 << 5
+CR4_LA57 = 1 << 12
+EFER_LME = 1 << 8
+EFER_NXE = 1 << 11
+
+# The bits of a paging-structure entry. SDM vol. 3A, the tables of section "4-Level Paging and
+# 5-Level Paging".
+ENTRY_P = 1 << 0  # present
+ENTRY_RW = 1 << 1  # writes allowed
+ENTRY_US = 1 << 2  # user-mode accesses allowed
+ENTRY_PS = 1 << 7  # "page size": the entry maps a large page. In a PTE this bit is PAT
+ENTRY_XD = 1 << 63  # execute-disable
+
+_GVA32_MASK = (1 << 32) - 1
+_PAGE_BYTES = 4096
+
+
+def _bits(high: int, low: int) -> int:
+    """A mask with the bits high..low set, as the SDM writes "bits 29:13"; 0 when high < low."""
+    return (1 << (high + 1)) - (1 << low) if high >= low else 0
+
+
+_ADDRESS_MASK = _bits(51, 12)  # where an entry of any format holds a physical address
+
+
+class PagingMode(Enum):
+    """How gvas are translated. SDM vol. 3A, "Four Paging Modes" (and none)."""
+
+    NONE = "no paging"
+    BITS32 = "32-bit paging"
+    PAE = "PAE paging"
+    LEVEL4 = "4-level paging"
+    LEVEL5 = "5-level paging"
+
+
+class PagingRegisters(NamedTuple):
+    """The registers that decide a translation, as in `kvm_sregs`.
+
+    `maxphyaddr` is the width of physical addresses in bits (CPUID 80000008H:EAX[7:0]); address bits
+    above it are reserved in every entry. The default, the architectural limit, finds no such fault.
+    """
+
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    maxphyaddr: int = 52
+
+
+class FaultReason(Enum):
+    """Why a gva has no gpa."""
+
+    NON_CANONICAL = "the address is not canonical"
+    NOT_PRESENT = "not present"
+    RESERVED = "a reserved bit is set"
+    NOT_RAM = "the page table is outside guest RAM"
+
+
+class Fault(NamedTuple):
+    """Where a walk ended without a gpa; `level` is "" and `entry_gpa` None before the first one."""
+
+    reason: FaultReason
+    level: str = ""
+    entry_gpa: int | None = None
+
+    def __str__(self) -> str:
+        if self.entry_gpa is None:
+            return self.reason.value
+        return f"{self.level} at {self.entry_gpa:#x}: {self.reason.value}"
+
+
+class TranslationFault(Exception):
+    """`translate` found no gpa for `gva`; `fault` says at which level and why."""
+
+    def __init__(self, gva: int, fault: Fault) -> None:
+        super().__init__(f"guest virtual address {gva:#x}: {fault}")
+        self.gva = gva
+        self.fault = fault
+
+
+class Permissions(NamedTuple):
+    """What all levels together allow. Supervisor reads are always allowed.
+
+    A supervisor's writes to a page that is not `writable` still succeed while CR0.WP is clear.
+    """
+
+    writable: bool
+    user: bool
+    no_execute: bool
+
+    def __str__(self) -> str:
+        """Like `rwxu`, with a dash for what is missing."""
+        return (
+            "r"
+            + ("w" if self.writable else "-")
+            + ("-" if self.no_execute else "x")
+            + ("u" if self.user else "-")
+        )
+
+
+class WalkStep(NamedTuple):
+    """One entry that a walk visited: `name` is PML5E, PML4E, PDPTE, PDE or PTE.
+
+    `entry_gpa` is where the entry lies, `value` its 4 or 8 bytes as a number, and `flags` the
+    SDM's names of the flags that are set in it (none when it is not present: the processor then
+    ignores all other bits).
+    """
+
+    name: str
+    entry_gpa: int
+    value: int
+    flags: tuple[str, ...]
+
+
+class Walk(NamedTuple):
+    """A translation with all of its steps: either `gpa` or `fault` is None.
+
+    `gva` is the address that was really translated: without 64-bit paging only its low 32 bits
+    count. `page_bytes` is the size of the page that holds `gpa`, or 0; `permissions` is what the
+    visited levels allow, also when a fault cut the walk short.
+    """
+
+    mode: PagingMode
+    gva: int
+    steps: tuple[WalkStep, ...]
+    gpa: int | None
+    page_bytes: int
+    permissions: Permissions
+    fault: Fault | None
+
+
+class Mapping(NamedTuple):
+    """`length` bytes of gvas in a row that map to as many gpas in a row, all in the same way."""
+
+    gva: int
+    gpa: int
+    length: int
+    page_bytes: int
+    permissions: Permissions
+
+
+class Mappings(NamedTuple):
+    """What `mappings` found. `next_gva` is where it gave up, or None: then the list is complete."""
+
+    ranges: tuple[Mapping, ...]
+    next_gva: int | None
+
+
+class _Level(NamedTuple):
+    """One level of a paging mode: a row of the SDM's tables of entry formats.
+
+    The index into the table is the `index_bits` bits of the gva from bit `shift` up, so an entry
+    covers 2**shift bytes. The reserved masks are the bits that must be 0 in an entry that refers
+    to a table, and in one that maps a page.
+    """
+
+    name: str
+    shift: int
+    index_bits: int
+    table_reserved: int = 0
+    page_reserved: int = 0
+    large_page: bool = False  # ENTRY_PS chooses between a page and the next table
+    pse36: bool = False  # a 4 MiB page: gpa bits 39:32 are in bits 20:13 of the entry
+    has_rights: bool = True  # False: the entry has no R/W, U/S and XD bits
+
+    def maps_page(self, entry: int) -> bool:
+        """Whether a present entry of this level ends the walk. A PTE always does."""
+        return self.shift == 12 or (self.large_page and entry & ENTRY_PS != 0)
+
+    def page_gpa(self, entry: int) -> int:
+        """The gpa of the page that `entry` maps."""
+        gpa = entry & _ADDRESS_MASK & -(1 << self.shift)
+        if self.pse36:
+            gpa |= (entry >> 13 & 0xFF) << 32
+        return gpa
+
+
+class _Layout(NamedTuple):
+    """A paging mode with everything a walk needs to know of it.
+
+    `entry_bytes` and `entry_format`, as `struct` knows it, are the size and layout of an entry.
+    """
+
+    mode: PagingMode
+    entry_bytes: int
+    entry_format: str
+    root_gpa: int
+    levels: tuple[_Level, ...]
+
+    @property
+    def gva_bits(self) -> int:
+        """How many low bits of a gva are translated."""
+        return self.levels[0].shift + self.levels[0].index_bits
+
+
+# R/W, U/S and the *inverse* of XD are kept in one number, because then a level takes permissions
+# away with one AND, whatever they are.
+_ALL_RIGHTS = ENTRY_RW | ENTRY_US | ENTRY_XD
+
+
+def _permissions(rights: int) -> Permissions:
+    return Permissions(
+        writable=rights & ENTRY_RW != 0,
+        user=rights & ENTRY_US != 0,
+        no_execute=rights & ENTRY_XD == 0,
+    )
+
+
+def paging_mode(cr0: int, cr4: int, efer: int) -> PagingMode:
+    """The paging mode that these control registers select (SDM vol. 3A, "Four Paging Modes")."""
+    if not cr0 & CR0_PG:
+        return PagingMode.NONE
+    if not cr4 & CR4_PAE:
+        return PagingMode.BITS32
+    if not efer & EFER_LME:
+        return PagingMode.PAE
+    return PagingMode.LEVEL5 if cr4 & CR4_LA57 else PagingMode.LEVEL4
+
+
+@functools.lru_cache(maxsize=64)  # a debugger asks with the same registers thousands of times
+def _layout(registers: PagingRegisters) -> _Layout:
+    """The levels of the paging mode in use, top first. SDM vol. 3A, one section a mode."""
+    mode = paging_mode(registers.cr0, registers.cr4, registers.efer)
+    if mode is PagingMode.BITS32:
+        return _layout_bits32(registers)
+    no_xd = 0 if registers.efer & EFER_NXE else ENTRY_XD
+    if mode is PagingMode.PAE:
+        # Bits 62:52 are ignored in 4-level paging, but reserved here.
+        high = no_xd | _bits(62, registers.maxphyaddr)
+        # The processor keeps the four PDPTEs in registers that MOV to CR3 loads. They are read
+        # from memory here: a guest that changed them without reloading CR3 sees the old ones.
+        # They have no R/W, U/S and XD bits: the bits at these places are reserved.
+        pdpte_reserved = _bits(63, registers.maxphyaddr) | _bits(8, 5) | _bits(2, 1)
+        levels: tuple[_Level, ...] = (
+            _Level("PDPTE", 30, 2, table_reserved=pdpte_reserved, has_rights=False),
+            _Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
+            _Level("PTE", 12, 9, page_reserved=high),
+        )
+        return _Layout(mode, 8, "<Q", registers.cr3 & _bits(31, 5), levels)
+
+    high = no_xd | _bits(51, registers.maxphyaddr)
+    levels = (
+        _Level("PML5E", 48, 9, table_reserved=high | ENTRY_PS),
+        _Level("PML4E", 39, 9, table_reserved=high | ENTRY_PS),
+        _Level("PDPTE", 30, 9, high, high | _bits(29, 13), large_page=True),
+        _Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
+        _Level("PTE", 12, 9, page_reserved=high),
+    )
+    if mode is PagingMode.LEVEL4:
+        levels = levels[1:]
+    return _Layout(mode, 8, "<Q", registers.cr3 & _ADDRESS_MASK, levels)
+
+
+def _layout_bits32(registers: PagingRegisters) -> _Layout:
+    """32-bit paging: two levels of 4-byte entries, which have no XD bit and few reserved ones.
+
+    With CR4.PSE a PDE can map 4 MiB, and PSE-36 places that page anywhere below 2**M, where M is
+    the smaller of 40 and MAXPHYADDR. Without CR4.PSE the PS bit is ignored.
+    """
+    pse = registers.cr4 & CR4_PSE != 0
+    page_reserved = _bits(21, min(40, registers.maxphyaddr) - 19)
+    levels = (
+        _Level("PDE", 22, 10, page_reserved=page_reserved, large_page=pse, pse36=pse),
+        _Level("PTE", 12, 10),
+    )
+    return _Layout(PagingMode.BITS32, 4, "<I", registers.cr3 & _bits(31, 12), levels)
+
+
+def _sign_extend(gva: int, bits: int) -> int:
+    """The canonical 64-bit address whose low `bits` bits are those of `gva`."""
+    sign = 1 << (bits - 1)
+    return ((gva & ((sign << 1) - 1)) ^ sign) - sign & (1 << 64) - 1
+
+
+def _descend(
+    read_physical: ReadPhysical, layout: _Layout, gva: int
+) -> tuple[list[tuple[_Level, int, int]], Fault | None]:
+    """Follow `gva` down the tables: (level, entry_gpa, entry) of each entry read, and the fault.
+
+    Without a fault the last entry maps the page.
+    """
+    visited: list[tuple[_Level, int, int]] = []
+    if layout.gva_bits > 32 and gva != _sign_extend(gva, layout.gva_bits):
+        return visited, Fault(FaultReason.NON_CANONICAL)
+    table_gpa = layout.root_gpa
+    for level in layout.levels:
+        index = gva >> level.shift & (1 << level.index_bits) - 1
+        entry_gpa = table_gpa + index * layout.entry_bytes
+        try:
+            entry = int.from_bytes(read_physical(entry_gpa, layout.entry_bytes), "little")
+        except GuestMemoryError:
+            return visited, Fault(FaultReason.NOT_RAM, level.name, entry_gpa)
+        visited.append((level, entry_gpa, entry))
+        if not entry & ENTRY_P:
+            return visited, Fault(FaultReason.NOT_PRESENT, level.name, entry_gpa)
+        maps_page = level.maps_page(entry)
+        if entry & (level.page_reserved if maps_page else level.table_reserved):
+            return visited, Fault(FaultReason.RESERVED, level.name, entry_gpa)
+        if maps_page:
+            break
+        table_gpa = entry & _ADDRESS_MASK
+    return visited, None
+
+
+def translate(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> tuple[int, int]:
+    """Translate `gva`, as CPL 0 and without regard to write protection.
+
+    Returns the gpa and how many bytes from there on belong to the same page, so that a reader of
+    many bytes asks once a page. The gpa need not be RAM: a page can map a device. Without paging
+    all 4 GiB count as one page. Where gvas have 32 bits, a higher `gva` wraps around.
+
+    Raises TranslationFault when nothing is mapped at `gva`.
+    """
+    if not registers.cr0 & CR0_PG:
+        gva &= _GVA32_MASK
+        return gva, _GVA32_MASK + 1 - gva
+    layout = _layout(registers)
+    if layout.gva_bits == 32:
+        gva &= _GVA32_MASK
+    visited, fault = _descend(read_physical, layout, gva)
+    if fault is not None:
+        raise TranslationFault(gva, fault)
+    level, _, entry = visited[-1]
+    page_bytes = 1 << level.shift
+    offset = gva & (page_bytes - 1)
+    return level.page_gpa(entry) + offset, page_bytes - offset
+
+
+def walk(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> Walk:
+    """Translate `gva` and report every level on the way; a fault is part of the result.
+
+    A table that lies outside RAM ends the walk before its entry is read: there is no step for it.
+    """
+    mode = paging_mode(registers.cr0, registers.cr4, registers.efer)
+    if mode is PagingMode.NONE:
+        gva &= _GVA32_MASK
+        return Walk(mode, gva, (), gva, 1 << 32, _permissions(_ALL_RIGHTS), None)
+    layout = _layout(registers)
+    if layout.gva_bits == 32:
+        gva &= _GVA32_MASK
+    visited, fault = _descend(read_physical, layout, gva)
+
+    rights = _ALL_RIGHTS
+    for level, _, entry in visited:
+        if entry & ENTRY_P and level.has_rights:
+            rights &= entry ^ ENTRY_XD
+    steps = tuple(
+        WalkStep(level.name, entry_gpa, entry, _flag_names(level, entry))
+        for level, entry_gpa, entry in visited
+    )
+    if fault is not None:
+        return Walk(mode, gva, steps, None, 0, _permissions(rights), fault)
+    level, _, entry = visited[-1]
+    page_bytes = 1 << level.shift
+    gpa = level.page_gpa(entry) + (gva & (page_bytes - 1))
+    return Walk(mode, gva, steps, gpa, page_bytes, _permissions(rights), None)
+
+
+_RIGHTS_FLAGS = (("RW", ENTRY_RW), ("US", ENTRY_US), ("XD", ENTRY_XD))
+_CACHE_FLAGS = (("PWT", 1 << 3), ("PCD", 1 << 4))
+_PAGE_FLAGS = (("D", 1 << 6), ("G", 1 << 8))
+
+
+def _flag_names(level: _Level, entry: int) -> tuple[str, ...]:
+    """The SDM's names of the flags set in `entry`; bits that the processor ignores have none."""
+    if not entry & ENTRY_P:
+        return ()
+    flags: tuple[tuple[str, int], ...] = (("P", ENTRY_P), *_CACHE_FLAGS)
+    if level.has_rights:
+        flags = (("P", ENTRY_P), *_RIGHTS_FLAGS, *_CACHE_FLAGS, ("A", 1 << 5))
+    if level.maps_page(entry):
+        # Bit 7 is PS, so PAT moves to bit 12, except in a PTE, which needs no PS.
+        large = (("PS", ENTRY_PS), ("PAT", 1 << 12))
+        flags += _PAGE_FLAGS + (large if level.shift > 12 else (("PAT", 1 << 7),))
+    return tuple(name for name, bit in flags if entry & bit)
+
+
+def mappings(
+    read_physical: ReadPhysical,
+    registers: PagingRegisters,
+    *,
+    start_gva: int = 0,
+    max_ranges: int = 4096,
+    max_entries: int = 1 << 20,
+) -> Mappings:
+    """Everything that is mapped at or above `start_gva`, in ranges as long as possible.
+
+    Page tables are the guest's data and may be anything. A table that contains itself (a common
+    trick, and a legal one) maps up to 2**48 bytes in 4 KiB pages, so the search ends after
+    `max_ranges` ranges or `max_entries` visited entries, present or not; `next_gva` then says from
+    where on to ask again. Entries with reserved bits set, and tables outside RAM, map nothing.
+    """
+    if not registers.cr0 & CR0_PG:
+        everything = Mapping(0, 0, 1 << 32, 1 << 32, _permissions(_ALL_RIGHTS))
+        return Mappings((everything,) if start_gva <= _GVA32_MASK else (), None)
+
+    ranges: list[Mapping] = []
+    first: _Page | None = None  # the first page of the range that is being put together, and
+    length = 0  # its length so far
+
+    def close_range() -> None:
+        if first is not None:
+            gva, gpa, page_bytes, rights = first
+            ranges.append(Mapping(gva, gpa, length, page_bytes, _permissions(rights)))
+
+    next_gva = None
+    try:
+        for page in _pages(read_physical, _layout(registers), start_gva, max_entries):
+            gva, gpa, page_bytes, rights = page
+            if first == (gva - length, gpa - length, page_bytes, rights):
+                length += page_bytes
+                continue
+            close_range()
+            first = None
+            if len(ranges) == max_ranges:
+                next_gva = gva
+                break
+            first, length = page, page_bytes
+    except _EntriesSpentError as spent:
+        next_gva = max(start_gva, spent.gva)
+    close_range()
+    return Mappings(tuple(ranges), next_gva)
+
+
+_Page = tuple[int, int, int, int]  # gva, gpa, page_bytes, rights
+
+
+class _EntriesSpentError(Exception):
+    """`_pages` may visit no more entries; the table for `gva` is the first that it did not read."""
+
+    def __init__(self, gva: int) -> None:
+        self.gva = gva
+
+
+def _pages(
+    read_physical: ReadPhysical, layout: _Layout, start_gva: int, max_entries: int
+) -> Iterator[_Page]:
+    """Yield each page that is mapped above `start_gva`, in order of gva.
+
+    Raises _EntriesSpentError before the table that would exceed `max_entries`.
+    """
+    entries_left = max_entries
+
+    def table(depth: int, table_gpa: int, table_gva: int, table_rights: int) -> Iterator[_Page]:
+        nonlocal entries_left
+        level = layout.levels[depth]
+        span = 1 << level.shift
+        entries_left -= 1 << level.index_bits
+        if entries_left < 0:
+            raise _EntriesSpentError(table_gva)
+        for index, entry, maps_page in _present_entries(read_physical, layout, level, table_gpa):
+            gva = table_gva + index * span
+            if depth == 0 and layout.gva_bits > 32:
+                gva = _sign_extend(gva, layout.gva_bits)
+            if gva + span <= start_gva:
+                continue
+            rights = table_rights & (entry ^ ENTRY_XD) if level.has_rights else table_rights
+            if maps_page:
+                yield gva, level.page_gpa(entry), span, rights
+            else:
+                yield from table(depth + 1, entry & _ADDRESS_MASK, gva, rights)
+
+    return table(0, layout.root_gpa, 0, _ALL_RIGHTS)
+
+
+def _present_entries(
+    read_physical: ReadPhysical, layout: _Layout, level: _Level, table_gpa: int
+) -> Iterator[tuple[int, int, bool]]:
+    """(index, entry, maps a page) of each entry of a table that a walk could pass.
+
+    None if the table is not in RAM. The table is read as a whole: it is never larger than a page.
+    """
+    count = 1 << level.index_bits
+    try:
+        table = read_physical(table_gpa, count * layout.entry_bytes)
+    except GuestMemoryError:
+        return
+    for index, (entry,) in enumerate(struct.iter_unpack(layout.entry_format, table)):
+        if entry & ENTRY_P:
+            maps_page = level.maps_page(entry)
+            if not entry & (level.page_reserved if maps_page else level.table_reserved):
+                yield index, entry, maps_page
+
+
+def identity_map_4gib(base_gpa: int, *, user: bool = False) -> bytes:
+    """Page tables that map the first 4 GiB of gvas to the same gpas: how a long-mode guest starts.
+
+    Six pages, 24 KiB in a row, to be written to `base_gpa` and CR3 to be set to it: the PML4, the
+    PDPT and four page directories of 512 pages of 2 MiB each. Everything is writable and, with
+    `user`, open to user mode. Valid for 4-level paging; no bit needs EFER.NXE.
+
+    Raises ValueError when `base_gpa` is not a multiple of 4096 below 2**52.
+    """
+    if base_gpa % _PAGE_BYTES or not 0 <= base_gpa < 1 << 52:
+        raise ValueError(f"page tables cannot lie at {base_gpa:#x}: not the gpa of a page")
+    flags = ENTRY_P | ENTRY_RW | (ENTRY_US if user else 0)
+    pdpt_gpa = base_gpa + _PAGE_BYTES
+    directory_gpas = range(base_gpa + 2 * _PAGE_BYTES, base_gpa + 6 * _PAGE_BYTES, _PAGE_BYTES)
+
+    pml4 = struct.pack("<Q", pdpt_gpa | flags)
+    pdpt = struct.pack("<4Q", *(gpa | flags for gpa in directory_gpas))
+    pages = range(0, 1 << 32, 1 << 21)
+    directories = struct.pack(f"<{len(pages)}Q", *(gpa | flags | ENTRY_PS for gpa in pages))
+    return pml4.ljust(_PAGE_BYTES, b"\0") + pdpt.ljust(_PAGE_BYTES, b"\0") + directories

@@ -1,0 +1,206 @@
+"""What a debugger can ask of a virtual machine: the seam between the stub and the debug server.
+
+The stub (stub.py) knows packets and nothing of KVM; the debug server (debug.py) knows run control
+and nothing of packets. They meet here: facts as frozen dataclasses, and `Target`, the interface
+that the debug server implements and that tests fake.
+
+vCPUs are named by `vcpu_id` (0-based) on this side; thread ids exist only in packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Protocol
+
+from pyvmm.registers import Architecture, Bank, Value, Values
+
+
+class TargetError(Exception):
+    """The target cannot do what the debugger asked. The session goes on: it becomes an E reply.
+
+    `errno`: what clients see that show only numbers. `message`: one line for the user, without a
+    full stop, that says why, and what to do instead if there is something.
+    """
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(message)
+        self.errno, self.message = errno, message
+
+
+@dataclass(frozen=True)
+class ThreadInfo:
+    """One vCPU as `info threads` shows it."""
+
+    vcpu_id: int
+    name: str  # "vCPU 1"
+    state: str  # "halted, CPL 3"
+
+
+class StopKind(Enum):
+    """Why the VM stopped; the values are the words of stop replies."""
+
+    SIGNAL = ""  # nothing more than the signal says: a step is done, ^C, a crash
+    SWBREAK = "swbreak"
+    HWBREAK = "hwbreak"
+    WATCH = "watch"  # the address was written
+    RWATCH = "rwatch"  # ... read
+    AWATCH = "awatch"  # ... read or written
+    EXITED = "exited"
+    SIGNALLED = "signalled"  # the VM has crashed, and its state is gone
+
+
+SIGINT, SIGTRAP, SIGABRT, SIGSEGV = 2, 5, 6, 11  # the numbers are gdb's, not the host's
+
+
+@dataclass(frozen=True)
+class StopReport:
+    """One stop of the VM."""
+
+    vcpu_id: int  # whose event it is; no meaning if EXITED or SIGNALLED
+    signal: int = SIGTRAP
+    kind: StopKind = StopKind.SIGNAL
+    gva: int = 0  # of the data, if WATCH, RWATCH or AWATCH
+    status: int = 0  # the exit status, if EXITED
+
+
+class ActionKind(Enum):
+    """What a vCPU shall do when the VM is resumed."""
+
+    CONTINUE = "c"
+    STEP = "s"  # one instruction, then stop
+    RANGE_STEP = "r"  # instructions, until RIP is outside of [start, end)
+
+
+@dataclass(frozen=True)
+class Action:
+    """An action for one vCPU. `signal` is what the user wants to be passed on; 0 is none."""
+
+    kind: ActionKind
+    signal: int = 0
+    start: int = 0  # GVA
+    end: int = 0
+
+
+class BreakpointKind(IntEnum):
+    """The digit in `Z0`..`Z4`."""
+
+    SOFTWARE = 0
+    HARDWARE = 1
+    WRITE = 2
+    READ = 3
+    ACCESS = 4
+
+
+@dataclass(frozen=True)
+class MemoryRegion:
+    """[start, start + length) in GVAs with the same permissions; "" means nothing is mapped."""
+
+    start: int
+    length: int
+    permissions: str  # of "rwx"
+
+
+@dataclass(frozen=True)
+class ExecFile:
+    """The one file that is ever served: the image's ELF, with its symbols."""
+
+    path: str  # absolute: gdb asks for it by this name
+    size: int  # bytes
+    pread: Callable[
+        [int, int], bytes
+    ]  # (offset, length) -> at most so many bytes; may raise OSError
+
+
+class Target(Protocol):
+    """A virtual machine under debug.
+
+    Every method may raise TargetError, and nothing else. Unless a line says otherwise, they are
+    called only while the VM is stopped, that is, while all vCPUs are parked.
+    """
+
+    # What it is.
+
+    def vcpu_ids(self) -> Sequence[int]:
+        """The vCPUs that exist now, in order. Asked often: must be cheap."""
+
+    def threads(self) -> Sequence[ThreadInfo]:
+        """The same with names and states."""
+
+    def architecture(self) -> Architecture:
+        """What gdb shall be told; see registers.architecture_for. Asked when a session begins and
+        each time the debugger reads the target description."""
+
+    def has_avx(self) -> bool:
+        """Whether the guest has AVX registers. Asked together with architecture()."""
+
+    def exec_file(self) -> ExecFile | None:
+        """The file with the symbols, if there is one and its ELF class fits architecture(): gdb
+        cannot use another (see registers.py)."""
+
+    def memory_map(self) -> Sequence[tuple[int, int]] | None:
+        """All GVAs at which there can ever be memory, as (start, length) in bytes; None: not told.
+
+        A trap: gdb takes the map for virtual memory and asks for it only when it connects. Outside
+        of it gdb 13 refuses every access and silently makes all breakpoints hardware ones. So the
+        ranges of RAM are a wrong answer for a guest that will ever map memory elsewhere.
+        """
+
+    # Registers and memory.
+
+    def read_registers(self, vcpu_id: int, banks: Bank) -> Values:
+        """At least the registers of `banks`, by the names in registers.TABLE, and with
+        Bank.SYSTEM also `cs_base`. Integers must fit the register's width. What is missing is
+        shown as unavailable."""
+
+    def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
+        """Write some registers: all or none."""
+
+    def read_memory(self, vcpu_id: int, gva: int, length: int) -> bytes:
+        """Guest memory through the vCPU's own paging, as CPL 0, without patched bytes. Shorter if
+        the range ends in memory that is not mapped; TargetError(EFAULT) if it begins there."""
+
+    def write_memory(self, vcpu_id: int, gva: int, data: bytes) -> None:
+        """Write all of `data` or nothing."""
+
+    def read_physical(self, gpa: int, length: int) -> bytes:
+        """Like read_memory, by guest physical address."""
+
+    def write_physical(self, gpa: int, data: bytes) -> None:
+        """Like write_memory, by guest physical address."""
+
+    def memory_region(self, vcpu_id: int, gva: int) -> MemoryRegion:
+        """The region that holds `gva`; if nothing is mapped there, the gap around it."""
+
+    # Breakpoints, for every vCPU; `vcpu_id` says whose paging the GVA belongs to.
+
+    def insert_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
+        """Insert; it is fine if it is there. `length` is 1, 2, 4 or 8 bytes."""
+
+    def remove_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
+        """Remove; it is fine if it is not there."""
+
+    # Running. The debug server tells of the stop later, with stub.stop_reply(report).
+
+    def stop_report(self) -> StopReport:
+        """Why the VM is stopped now."""
+
+    def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
+        """Let the vCPUs in `actions` run, at least one; all others stay parked. So does a vCPU
+        that is added while the VM runs, unless `newcomers_run`."""
+
+    def interrupt(self) -> None:
+        """Stop the VM and report SIGINT. Also called while it runs, or after detach(), when it
+        attaches again; does nothing if the VM is stopped."""
+
+    def detach(self) -> None:
+        """Disarm everything and let the guest run on. Also called while it runs."""
+
+    def kill(self) -> None:
+        """Remember to end the VM once the reply has been sent. Also called while it runs."""
+
+    # More.
+
+    def monitor(self, command: str) -> str:
+        """Execute a `monitor` command line; return what the user shall read."""

@@ -1,0 +1,126 @@
+"""What the hypervisor layer keeps for each vCPU, and the words it is asked with.
+
+The lock discipline is the one of hypervisor.py: fields in the first group of VcpuRecord are guarded
+by VM._lock, those in the second belong to the thread that runs the vCPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from enum import Enum
+from typing import NamedTuple
+
+from pyvmm import exits, kvm
+
+
+class VmError(OSError):
+    """The VM refused a request; `errno` says which way (as bhyve's ioctls do)."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(number, message)
+
+
+class Capability(Enum):
+    """What a vCPU can be asked to do; see VM.set_capability()."""
+
+    BPT_EXIT = "int3 leaves the guest"
+    MTRAP_EXIT = "single-step: each instruction leaves the guest"
+    HLT_EXIT = "hlt leaves the guest"
+
+
+class Injection(Enum):
+    """What the host adds to RIP when a #BP is injected, to make the saved RIP."""
+
+    NOTHING = "saves RIP as it is"
+    EXIT_LENGTH = "adds the length of the last int3 that left the guest"
+    NEXT_RIP = "saves the address after the int3 that left the guest, whatever RIP is"
+
+
+class HardwareBreakpoint(NamedTuple):
+    """What one of DR0 to DR3 watches: `length` bytes (1, 2, 4, 8) at `gva`.
+
+    `kind` is the debug register's R/W field: EXECUTE (length 1), WRITE or ACCESS (read or write).
+    """
+
+    gva: int
+    kind: int
+    length: int = 1
+
+
+EXECUTE, WRITE, ACCESS = 0, 1, 3  # Intel SDM vol. 3B, "Debug Control Register (DR7)"
+
+
+class VcpuRecord:
+    """What the hypervisor layer knows of one vCPU."""
+
+    def __init__(self, vcpu_id: int, handle: kvm.VcpuHandle, lock: threading.Lock) -> None:
+        self.vcpu_id = vcpu_id
+        self.handle = handle
+        self.fd = handle.fd
+        self.kvm_run, self.map = handle.run, handle.map
+        # Guarded by VM._lock.
+        self.thread_id: int | None = None  # the thread that runs it; None: not active
+        self.debugged = False
+        self.asleep = False  # in vm.sleep()
+        self.halted = False  # executed hlt, no in-kernel irqchip to wait in
+        self.wanted: frozenset[Capability] = frozenset()
+        self.breakpoints: tuple[HardwareBreakpoint, ...] = ()
+        self.nmi_wanted = False
+        self.stale = False  # `wanted`, `breakpoints` or `nmi_wanted` not yet told to KVM
+        self.wake = threading.Condition(lock)  # something that vm.sleep() waits for has changed
+        self.attention = False  # vm.run() must look at the above before it enters
+        # Owned by the vCPU's thread (by the debugger while parked).
+        self.last_exit: exits.Exit | None = None  # of the last KVM_RUN that was not interrupted
+        self.control = 0  # the KVM_GUESTDBG_* flags that KVM has now
+        self.entry_inst_length = 0  # Register.GUEST_ENTRY_INST_LENGTH
+        self.last_bpt_length = 0  # what Intel's KVM will add when a #BP is injected
+
+    @property
+    def io_in_flight(self) -> bool:
+        """Whether the last exit was an access that KVM finishes only when it is entered again."""
+        return isinstance(self.last_exit, (exits.InOut, exits.Mmio))
+
+    @property
+    def parked(self) -> bool:
+        """Debugged, and its thread sleeps: it executes nothing and its registers hold still."""
+        return self.debugged and self.asleep
+
+    def update_attention(self) -> None:
+        """Call with VM._lock held, after any change of a guarded field."""
+        self.attention = (
+            self.debugged or self.halted or self.stale or Capability.MTRAP_EXIT in self.wanted
+        )
+
+    def set_guest_debug(self) -> None:
+        """Tell KVM which traps are wanted now (KVM_SET_GUEST_DEBUG).  On the vCPU's own thread.
+
+        This also takes the trap flag out of RFLAGS again when no step is wanted any more.
+        """
+        control = 0
+        if Capability.BPT_EXIT in self.wanted:
+            control |= kvm.KVM_GUESTDBG_USE_SW_BP
+        if Capability.MTRAP_EXIT in self.wanted:
+            control |= kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_BLOCKIRQ
+        debugreg = [0] * 8
+        if self.breakpoints:
+            control |= kvm.KVM_GUESTDBG_USE_HW_BP
+            debugreg[7] = 0x400  # bit 10 is always 1
+            for number, breakpoint in enumerate(self.breakpoints):
+                debugreg[number] = breakpoint.gva
+                debugreg[7] |= _dr7_bits(number, breakpoint)
+        if control:
+            control |= kvm.KVM_GUESTDBG_ENABLE
+        self.handle.set_guest_debug(control, debugreg)
+        self.control = control
+
+    def close(self) -> None:
+        """Close the vCPU's descriptor.  Nobody may be in KVM_RUN."""
+        del self.kvm_run, self.map  # the map cannot be closed while a view of it lives
+        self.handle.close()
+
+
+def _dr7_bits(number: int, breakpoint: HardwareBreakpoint) -> int:
+    """The bits of DR7 that make debug register `number` watch for `breakpoint`."""
+    length_field = {1: 0, 2: 1, 4: 3, 8: 2}[breakpoint.length]
+    globally_enabled = 2 << 2 * number
+    return globally_enabled | (breakpoint.kind | length_field << 2) << (16 + 4 * number)

@@ -1,0 +1,155 @@
+"""The command line: ``python3 -m tests.hosts amd intel``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.hosts import initrd, packages, report, session
+from tests.hosts.machines import MACHINES
+from tests.hosts.packages import HostsError
+
+# What runs inside without --run. The probe's JSON comes back even where the tests fail.
+TESTS = """\
+python3 -m pyvmm --probe --json >$RESULTS/probe.json || echo "@@error the probe failed"
+python3 -m pytest -m kvm -v -p no:cacheprovider --junit-xml=$RESULTS/junit.xml {arguments}
+"""
+
+
+def main() -> int:
+    """Run what the command line says; return the exit status: 0 where every host succeeded."""
+    arguments = _arguments()
+    # A terminated tool must end its emulators as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        results = _run_hosts(arguments)
+    except HostsError as error:
+        print(f"tests.hosts: {error}", file=sys.stderr)
+        return 2
+    for result in results:
+        if result.failure:
+            print(f"{result.host}: {result.failure}", file=sys.stderr)
+    if arguments.output:
+        report.save(results, arguments.output)
+    if not arguments.run:
+        for result in results:
+            if result.status:
+                print(f"---- {result.host} ----\n{report.complaints(result)}\n")
+        print(report.table(results))
+    return 0 if all(result.status == 0 and not result.failure for result in results) else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tests.hosts",
+        description="Run the KVM tests, or a command, on emulated KVM hosts.",
+        epilog="What follows -- goes to pytest.",
+    )
+    parser.add_argument("hosts", nargs="+", choices=sorted(MACHINES), metavar="HOST")
+    parser.add_argument("--run", metavar="COMMAND", help="run this shell command, not the tests")
+    parser.add_argument("--timeout", type=float, default=1500, metavar="SECONDS", help="a host's")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="hosts at a time")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="save what came back here")
+    own, pytest = sys.argv[1:], []
+    if "--" in own:
+        split = own.index("--")
+        own, pytest = own[:split], own[split + 1 :]
+    arguments = parser.parse_args(own)
+    arguments.pytest = pytest
+    arguments.hosts = list(dict.fromkeys(arguments.hosts))
+    return arguments
+
+
+def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
+    """Build what the hosts need and run them; return their results in the order asked for."""
+    packages.check_installed(arguments.hosts)
+    command = arguments.run or TESTS.format(arguments=shlex.join(arguments.pytest))
+    stop = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="pyvmm-hosts.") as folder:
+        kernel, archive = _build(command, Path(folder))
+
+        def run(host: str) -> session.Result:
+            _progress(host, "booting")
+            on_line = Progress(host, show=bool(arguments.run))
+            result = session.run(host, kernel, archive, arguments.timeout, stop, on_line)
+            _progress(
+                host,
+                f"status {result.status}, {result.boot_seconds:.0f} s to boot, "
+                f"{result.seconds:.0f} s in all",
+            )
+            return result
+
+        with ThreadPoolExecutor(max_workers=max(1, arguments.jobs)) as pool:
+            try:
+                return list(pool.map(run, arguments.hosts))
+            except BaseException:
+                stop.set()  # so that no emulator outlives this process
+                raise
+
+
+def _build(command: str, folder: Path) -> tuple[Path, Path]:
+    """Return the kernel, and the initrd with this command in it, which is made in folder."""
+    wanted = packages.resolve()
+    cache = packages.cache_folder() / packages.key(wanted)
+    if not (cache / "root").is_dir():
+        _progress("build", f"fetching {len(wanted)} Debian packages into {cache}")
+    root = packages.fetch(wanted, cache)
+    kernel = next((root / "boot").glob("vmlinuz-*"))
+    base = cache / initrd.base_name()
+    if not base.exists():
+        _progress("build", "making the initrd")
+        initrd.build_base(root, kernel.name.removeprefix("vmlinuz-"), base)
+    archive = folder / "initrd"
+    initrd.build_checkout(root, command, folder / "checkout")
+    with archive.open("wb") as out:
+        for part in (base, folder / "checkout"):
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, out)
+    return kernel, archive
+
+
+class Progress:
+    """Takes a host's output line by line: shows it, or counts the tests in it."""
+
+    def __init__(self, host: str, *, show: bool) -> None:
+        self._host = host
+        self._show = show
+        self._counts: dict[str, int] = {}
+        self._told = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        """Take one line."""
+        if self._show:
+            print(f"{self._host}| {line}", flush=True)
+            return
+        if line.startswith("@@error "):
+            _progress(self._host, line.removeprefix("@@error "))
+        outcome = report.outcome_of(line)
+        if outcome is None:
+            return
+        self._counts[outcome] = self._counts.get(outcome, 0) + 1
+        if outcome in ("FAILED", "ERROR"):
+            _progress(self._host, line)
+        elif time.monotonic() - self._told > PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            _progress(self._host, report.counted(self._counts))
+
+
+PROGRESS_SECONDS = 10
+
+
+def _progress(who: str, what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {who}: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
