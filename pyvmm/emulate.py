@@ -38,6 +38,7 @@ class Cpu:
     read: Callable[[int, int], bytes]
     write: Callable[[int, bytes], None]
     msr: Callable[[int], int]
+    unmask_nmi: Callable[[], None]  # `iret` lets the next NMI in
 
     @property
     def mode(self) -> CpuMode:
@@ -89,18 +90,21 @@ def _int_n(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
 
 
 def _pushf(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
-    mode = cpu.mode
-    if mode is CpuMode.V8086:
+    if cpu.mode is CpuMode.V8086:
         raise CannotComplete("virtual-8086 mode: depends on IOPL")
-    short = b"\x66"[0] in prefixes
-    if mode is CpuMode.LONG:
-        size = 2 if short else 8
-    elif cpu.sregs.cs.db and mode is not CpuMode.REAL:
-        size = 2 if short else 4
-    else:
-        size = 4 if short else 2
+    size = _operand_size(cpu, prefixes)
+    if cpu.mode is CpuMode.LONG and size == 4:
+        size = 8  # pushes have no 32-bit form in 64-bit mode
     cpu.regs.rip += len(prefixes) + 1
     _Stack(cpu, size).push(cpu.regs.rflags & ~(x86.RFLAGS_VM | x86.RFLAGS_RF)).store()
+
+
+def _operand_size(cpu: Cpu, prefixes: bytes) -> int:
+    """The operand size in bytes that the mode and the prefixes 66 and REX.W choose."""
+    if cpu.mode is CpuMode.LONG and any(p & 0xF8 == 0x48 for p in prefixes[-1:]):
+        return 8
+    wide = bool(cpu.sregs.cs.l or (cpu.sregs.cs.db and cpu.mode is not CpuMode.REAL))
+    return 4 if wide != (0x66 in prefixes) else 2
 
 
 def _syscall(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
@@ -117,11 +121,81 @@ def _syscall(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     cpu.sregs.ss = x86.flat_segment(selector + 8, code=False)
 
 
+def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """Intel SDM vol. 2A, "IRET/IRETD/IRETQ"."""
+    mode, size = cpu.mode, _operand_size(cpu, prefixes)
+    if (
+        mode in (CpuMode.V8086, CpuMode.COMPAT16, CpuMode.COMPAT32)
+        or cpu.regs.rflags & x86.RFLAGS_NT
+    ):
+        raise CannotComplete("a mode or a task return that nobody has asked for")
+    stack = linear_address(cpu.sregs.ss.base, cpu.regs.rsp, mode)
+    words = 5 if mode is CpuMode.LONG else 3
+    data = cpu.read(stack, 5 * size)
+    rip, cs, rflags, rsp, ss = (
+        int.from_bytes(data[n * size : (n + 1) * size], "little") for n in range(5)
+    )
+    if mode is CpuMode.REAL:
+        cpu.sregs.cs.selector, cpu.sregs.cs.base = cs, cs << 4
+    else:
+        if rflags & x86.RFLAGS_VM and mode is not CpuMode.LONG:
+            raise CannotComplete("into virtual-8086 mode")
+        old_cpl, new_cpl = cpu.cpl, cs & 3
+        target = _return_code_segment(cpu, cs)
+        if new_cpl > old_cpl:
+            words = 5
+        if words == 5:
+            cpu.sregs.ss = _return_stack_segment(cpu, ss, new_cpl)
+        cpu.sregs.cs = target
+        if new_cpl > old_cpl:
+            _forget_privileged_segments(cpu, new_cpl)
+    if words == 5:
+        cpu.regs.rsp = rsp
+    else:
+        width = 0xFFFFFFFF if cpu.sregs.ss.db and mode is not CpuMode.REAL else 0xFFFF
+        cpu.regs.rsp = cpu.regs.rsp & ~width | (cpu.regs.rsp + words * size) & width
+    cpu.regs.rip = rip
+    kept = cpu.regs.rflags & ~0xFFFF if size == 2 else 0
+    cpu.regs.rflags = kept | rflags & _RFLAGS_LOADABLE | x86.RFLAGS_FIXED
+    cpu.unmask_nmi()
+
+
+_RFLAGS_LOADABLE = 0x3F7FD7
+
+
+def _return_code_segment(cpu: Cpu, selector: int) -> kvm_segment:
+    segment = load_descriptor(cpu, selector)
+    if not (segment.s and segment.type & 8 and segment.present) or selector & 3 < cpu.cpl:
+        raise CannotComplete("#GP or #NP: a bad return code segment")
+    if not segment.type & 4 and segment.dpl != selector & 3:
+        raise CannotComplete("#GP: a code segment of another privilege level")
+    segment.dpl, segment.selector = selector & 3, selector
+    return segment
+
+
+def _return_stack_segment(cpu: Cpu, selector: int, new_cpl: int) -> kvm_segment:
+    if not selector & ~3 and new_cpl != 3 and cpu.mode is CpuMode.LONG:
+        return x86.flat_segment(selector, code=False, dpl=new_cpl)  # null is fine there
+    segment = load_descriptor(cpu, selector)
+    if segment.dpl != new_cpl or not segment.present or segment.type & 0xA != 2 or not segment.s:
+        raise CannotComplete("#GP or #SS: a bad return stack segment")
+    return segment
+
+
+def _forget_privileged_segments(cpu: Cpu, new_cpl: int) -> None:
+    """A return to an outer level must not leave inner data segments usable."""
+    for name in ("ds", "es", "fs", "gs"):
+        segment = getattr(cpu.sregs, name)
+        if segment.selector & ~3 and segment.dpl < new_cpl:
+            segment.selector, segment.base, segment.unusable, segment.present = 0, 0, 1, 0
+
+
 INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\xcc", _int3),
     (b"\xcd", _int_n),
     (b"\x9c", _pushf),
     (b"\x0f\x05", _syscall),
+    (b"\xcf", _iret),
 )
 
 
@@ -131,7 +205,9 @@ INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
 class _Stack:
     """Pushes that are kept until store(), so that a fault on the way leaves nothing behind."""
 
-    def __init__(self, cpu: Cpu, size: int, rsp: int | None = None, base: int | None = None) -> None:
+    def __init__(
+        self, cpu: Cpu, size: int, rsp: int | None = None, base: int | None = None
+    ) -> None:
         self._cpu, self._size = cpu, size
         self._rsp = cpu.regs.rsp if rsp is None else rsp
         self._base = cpu.sregs.ss.base if base is None else base
@@ -222,7 +298,7 @@ def _deliver_protected(cpu: Cpu, vector: int) -> None:
             raise CannotComplete("a 16-bit TSS")
         esp, ss = struct.unpack("<IH", cpu.read(cpu.sregs.tr.base + 4 + 8 * target.dpl, 6))
         frame = (old_ss, old.rsp, *frame)
-        stack_segment = _load_descriptor(cpu, ss)
+        stack_segment = load_descriptor(cpu, ss)
         if not stack_segment.present or stack_segment.dpl != target.dpl:
             raise CannotComplete("#TS: the TSS names a bad stack segment")
         cpu.sregs.ss = stack_segment
@@ -257,7 +333,7 @@ def _check_gate(cpu: Cpu, gate: int) -> int:
 
 
 def _load_code_segment(cpu: Cpu, selector: int) -> kvm_segment:
-    segment = _load_descriptor(cpu, selector)
+    segment = load_descriptor(cpu, selector)
     is_code = segment.s and segment.type & 8
     if not (is_code and segment.present) or segment.dpl > cpu.cpl:
         raise CannotComplete("#GP or #NP: a bad code segment")
@@ -267,7 +343,7 @@ def _load_code_segment(cpu: Cpu, selector: int) -> kvm_segment:
     return segment
 
 
-def _load_descriptor(cpu: Cpu, selector: int) -> kvm_segment:
+def load_descriptor(cpu: Cpu, selector: int) -> kvm_segment:
     """The segment that `selector` names in the GDT."""
     if selector & 4 or not selector & ~3 or (selector | 7) > cpu.sregs.gdt.limit:
         raise CannotComplete("in the LDT, null, or beyond the GDT's limit")

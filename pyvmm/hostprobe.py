@@ -23,7 +23,7 @@ from pyvmm.x86 import DR6_HITS, VECTOR_BP
 _ENABLE, _STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_SINGLESTEP
 _SW_BP, _HW_BP = kvm.KVM_GUESTDBG_USE_SW_BP, kvm.KVM_GUESTDBG_USE_HW_BP
 
-_NOP, _INT3, _INT1 = b"\x90", b"\xcc", b"\xf1"
+_NOP, _INT3 = b"\x90", b"\xcc"
 _INT3_LONG = b"\x66\xcc"  # with a prefix: two bytes
 
 
@@ -67,9 +67,13 @@ class HostProbe:
         return self._intercepts(LabMode.REAL, _INT3)
 
     @functools.cached_property
-    def int1_real(self) -> bool:
-        """INT1 (F1) in real mode leaves the guest: a trap instruction to use instead of int3."""
-        return self._intercepts(LabMode.REAL, _INT1)
+    def hlt_leaves(self) -> bool:
+        """hlt in real mode and at CPL 0 leaves the guest: a trap instruction where int3 is none.
+
+        INT1 (F1) would be another, and one that also works with an in-kernel irqchip; it is not
+        tried, because QEMU's software SVM stops the whole host at it.
+        """
+        return all(self._reaches_end(mode) for mode in (LabMode.REAL, LabMode.LONG))
 
     def _own_int3(self, mode: LabMode) -> bool:
         """Whether the guest's own handler runs, and sees the address after the int3."""
@@ -115,8 +119,8 @@ class HostProbe:
         with self._lab(mode, _NOP * 4) as lab:
             start = lab.rip
             for executed in (1, 2):
-                # A host may repeat the first stop without progress; a few tries tell.
-                for _ in range(4):
+                # A host may stop a few times without progress (see stepping.py).
+                for _ in range(16):
                     lab.cpu.set_guest_debug(_ENABLE | _STEP)
                     if lab.run() != kvm.KVM_EXIT_DEBUG:
                         return False
@@ -135,6 +139,19 @@ class HostProbe:
     def step_user(self) -> bool:
         """Single-step at CPL 3."""
         return self._steps(LabMode.USER)
+
+    @functools.cached_property
+    def step_user_delivered(self) -> bool:
+        """A single-step at CPL 3 executes its instruction, but its #DB goes to the guest.
+
+        pyvmm takes it back there (steptraps.py), so for its users that is as good.
+        """
+        with self._lab(LabMode.USER, _NOP * 4) as lab:
+            start = lab.rip
+            lab.cpu.set_guest_debug(_ENABLE | _STEP)
+            lab.run()
+            rsp = lab.cpu.get(kvm.kvm_regs).rsp
+            return lab.memory.read(rsp, 8) == (start + 1).to_bytes(8, "little")
 
     @functools.cached_property
     def step_real(self) -> bool:
@@ -266,7 +283,7 @@ FINDINGS = (
     ),
     Finding(
         "breakpoint-real", "software breakpoints, real mode",
-        lambda h: h.breakpoint_real or h.int1_real,
+        lambda h: h.breakpoint_real or h.hlt_leaves,
         "break works in real mode", "break fails in real mode: use hbreak",
     ),
     Finding(
@@ -284,7 +301,7 @@ FINDINGS = (
         "stepi works in kernels", "stepi fails",
     ),
     Finding(
-        "step-user", "single-step, CPL 3", lambda h: h.step_user,
+        "step-user", "single-step, CPL 3", lambda h: h.step_user or h.step_user_delivered,
         "stepi works in user programs", "a step in a user program traps into the guest's kernel",
     ),
     Finding(

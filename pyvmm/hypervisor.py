@@ -38,14 +38,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pyvmm import cpustate, emulate, exits, kvm, x86
 from pyvmm.cpustate import Register
 from pyvmm.memory import GuestMemory, VirtualMemory
-from pyvmm.vcpurecord import Capability, HardwareBreakpoint, Injection, VcpuRecord, VmError
+from pyvmm.stepping import Stepper
+from pyvmm.vcpurecord import (
+    KICK_SIGNAL,
+    Capability,
+    HardwareBreakpoint,
+    Injection,
+    VcpuRecord,
+    VmError,
+    forget_kick,
+)
 
 if TYPE_CHECKING:
     from pyvmm.hostprobe import HostProbe
 
 ALL = -1  # for suspend_cpu() and resume_cpu(): every vCPU
-
-KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
 
 # Where KVM on Intel may put three hidden pages for real mode: below the BIOS, as api.rst advises.
 _TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
@@ -66,12 +73,15 @@ class VM:
         finally:
             system.close()
         self.memory = GuestMemory(self.handle)
+        self._stepper = Stepper(self.memory)
         self.irqchip = False
         self._device = device
         self._lock = threading.Lock()
         self._vcpus: dict[int, VcpuRecord] = {}
         self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
-        self._all_suspended = False  # guarded by _lock: since suspend_cpu(ALL), until resume_cpu(ALL)
+        self._all_suspended = (
+            False  # guarded by _lock: since suspend_cpu(ALL), until resume_cpu(ALL)
+        )
         self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
@@ -151,7 +161,7 @@ class VM:
             vcpu.debugged = False
             vcpu.update_attention()
             self._parked.notify_all()
-        _forget_kick()
+        forget_kick()
 
     def active_cpus(self) -> frozenset[int]:
         """The ids of the vCPUs that have a thread."""
@@ -262,7 +272,8 @@ class VM:
         with self._lock:
             self._ended = True
             for vcpu in self._vcpus.values():
-                vcpu.attention = True
+                vcpu.ended = True
+                vcpu.update_attention()
                 self._kick(vcpu)
             self._parked.notify_all()
 
@@ -437,20 +448,23 @@ class VM:
         Order of checks before the guest is entered: VM ended, debugged, halted, events, enter.
         """
         vcpu = self._vcpus[vcpu_id]
-        kvm_run, fd, decoders = vcpu.kvm_run, vcpu.fd, self.DECODERS
         while True:
+            stepping = False
             if vcpu.attention:
                 exit = self._before_entry(vcpu)
                 if exit is not None:
                     return exit
-            if kvm.run(fd):
-                exit = decoders.get(kvm_run.exit_reason, VM._unhandled)(self, vcpu)
-                vcpu.last_exit = exit
-                if exit is not None:
-                    return exit
+                stepping = Capability.MTRAP_EXIT in vcpu.wanted
+            if stepping:
+                exit = self._stepper.step(self, vcpu)
+            elif kvm.run(vcpu.fd):
+                exit = self.decode(vcpu)
             else:
-                vcpu.last_exit = None  # what was in flight is finished
-                _forget_kick()
+                exit = None
+                forget_kick()
+            vcpu.last_exit = exit
+            if exit is not None:
+                return exit
 
     def answer(self, vcpu_id: int, data: bytes) -> None:
         """Give the bytes that the guest reads, for the InOut or Mmio that run() just returned."""
@@ -460,6 +474,16 @@ class VM:
             vcpu.handle.map[offset : offset + len(data)] = data
         else:
             vcpu.kvm_run.mmio.data[: len(data)] = data
+
+    def answered(self, vcpu_id: int) -> bytes:
+        """What answer() was given for the last exit: for a trace."""
+        vcpu = self._vcpus[vcpu_id]
+        exit = vcpu.last_exit
+        if isinstance(exit, exits.InOut):
+            offset = vcpu.kvm_run.io.data_offset
+            return vcpu.map[offset : offset + exit.size * exit.count]
+        assert isinstance(exit, exits.Mmio)
+        return bytes(vcpu.kvm_run.mmio.data[: exit.size])
 
     def _before_entry(self, vcpu: VcpuRecord) -> exits.Exit | None:
         """All that must be looked at before the guest is entered; None: enter it."""
@@ -473,27 +497,12 @@ class VM:
             exit = self._complete_io(vcpu)
             if exit is not None:
                 return exit
-            if Capability.MTRAP_EXIT in vcpu.wanted:
+            if Capability.MTRAP_EXIT in vcpu.wanted and self._stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
         if vcpu.debugged:
             return exits.Debug()
         if vcpu.halted:
             return exits.Hlt(bool(vcpu.kvm_run.if_flag))
-        if Capability.MTRAP_EXIT in vcpu.wanted:
-            return self._begin_step(vcpu)
-        return None
-
-    def _begin_step(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        """Arm a single-step, unless the instruction is one that pyvmm executes itself."""
-        cpu = self._cpu(vcpu)
-        code = cpu.fetch()
-        length = x86.int3_length(code, cpu.mode)
-        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
-            return exits.Bpt(length)
-        if self._complete_in_software(vcpu, cpu, code):
-            return exits.Mtrap()
-        # Each time anew: an instruction that loads RFLAGS clears the trap flag KVM has set there.
-        vcpu.set_guest_debug()
         return None
 
     def _complete_io(self, vcpu: VcpuRecord) -> exits.Exit | None:
@@ -506,8 +515,7 @@ class VM:
         vcpu.kvm_run.immediate_exit = 0
         vcpu.last_exit = None
         if finished:
-            decode = self.DECODERS.get(vcpu.kvm_run.exit_reason, VM._unhandled)
-            vcpu.last_exit = decode(self, vcpu)
+            vcpu.last_exit = self.decode(vcpu)
         return vcpu.last_exit
 
     def _tell_kvm(self, vcpu: VcpuRecord) -> None:
@@ -523,7 +531,10 @@ class VM:
         vcpu.set_guest_debug()
 
     # --- from kvm_run to a typed exit ----------------------------------------------------------
-    # None means that pyvmm dealt with it: run() enters the guest again.
+
+    def decode(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        """The exit that kvm_run tells of; None: pyvmm dealt with it, run() enters again."""
+        return self.DECODERS.get(vcpu.kvm_run.exit_reason, VM._unhandled)(self, vcpu)
 
     def _io_exit(self, vcpu: VcpuRecord) -> exits.Exit:
         direction, size, port, count, offset = _KVM_RUN_IO.unpack_from(vcpu.map, _KVM_RUN_IO_OFFSET)
@@ -538,7 +549,9 @@ class VM:
             return exits.Mmio(mmio.phys_addr, length, True, bytes(mmio.data[:length]))
         return exits.Mmio(mmio.phys_addr, length, False, b"")
 
-    def _hlt_exit(self, vcpu: VcpuRecord) -> exits.Exit:
+    def _hlt_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
+        if self._stepper.used and self._stepper.stray_hlt(self, vcpu):
+            return None
         if Capability.MTRAP_EXIT in vcpu.wanted:
             return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
         with self._lock:
@@ -549,7 +562,7 @@ class VM:
     def _debug_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
         debug = vcpu.kvm_run.debug
         if debug.exception == x86.VECTOR_BP:
-            cpu = self._cpu(vcpu)
+            cpu = self.copy_state(vcpu)
             length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
             vcpu.last_bpt_length = length
             return self._bpt(vcpu, length)
@@ -578,11 +591,11 @@ class VM:
         code = b""
         if failure.flags & kvm.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
             code = bytes(failure.insn_bytes[: failure.insn_size])
-        cpu = self._cpu(vcpu)
+        cpu = self.copy_state(vcpu)
         length = x86.int3_length(code, cpu.mode)
         if length is not None and Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
-        if self._complete_in_software(vcpu, cpu, code):
+        if self.complete_in_software(vcpu, cpu, code):
             return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
         return exits.InternalError(failure.suberror, code)
 
@@ -634,9 +647,10 @@ class VM:
 
     def cpu(self, vcpu_id: int) -> emulate.Cpu:
         """A copy of a vCPU's state, with its view of memory.  Raises as get_register() does."""
-        return self._cpu(self._accessible(vcpu_id))
+        return self.copy_state(self._accessible(vcpu_id))
 
-    def _cpu(self, vcpu: VcpuRecord) -> emulate.Cpu:
+    def copy_state(self, vcpu: VcpuRecord) -> emulate.Cpu:
+        """The same, by its record."""
         handle = vcpu.handle
         sregs = handle.get(kvm.kvm_sregs)
         virtual = self._virtual(vcpu, sregs)
@@ -646,14 +660,19 @@ class VM:
             virtual.read,
             virtual.write,
             lambda index: handle.get_msrs([index])[0],
+            lambda: _unmask_nmi(handle),
         )
 
-    def _complete_in_software(self, vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
+    def write_state(self, vcpu: VcpuRecord, cpu: emulate.Cpu) -> None:
+        """Make a changed copy the vCPU's state."""
+        vcpu.handle.set(cpu.sregs)
+        vcpu.handle.set(cpu.regs)
+
+    def complete_in_software(self, vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
         """Execute the instruction that `code` begins with, at RIP, if it is one of emulate.py's."""
         if not emulate.complete(cpu, code):
             return False
-        vcpu.handle.set(cpu.sregs)
-        vcpu.handle.set(cpu.regs)
+        self.write_state(vcpu, cpu)
         return True
 
 
@@ -664,6 +683,9 @@ _KVM_RUN_IO_OFFSET = kvm.kvm_run.exit.offset
 _in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
 
 
-def _forget_kick() -> None:
-    """Take a pending KICK_SIGNAL of this thread away."""
-    signal.sigtimedwait({KICK_SIGNAL}, 0)
+def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
+    events = handle.get(kvm.kvm_vcpu_events)
+    if events.nmi.masked:
+        events.nmi.masked = 0
+        events.flags = 0
+        handle.set(events)

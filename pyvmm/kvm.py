@@ -833,9 +833,7 @@ class VmHandle(Handle):
 
         Keywords: `flags` (KVM_IOEVENTFD_FLAG_*), `datamatch`.
         """
-        self.ioctl(
-            KVM_IOEVENTFD, kvm_ioeventfd(fd=eventfd, addr=address, len=length, **flags)
-        )
+        self.ioctl(KVM_IOEVENTFD, kvm_ioeventfd(fd=eventfd, addr=address, len=length, **flags))
 
     def irqfd(self, eventfd: int, gsi: int, flags: int = 0) -> None:
         """Raise interrupt line `gsi` whenever `eventfd` is written."""

@@ -148,7 +148,9 @@ class Lab:
 
     def delivered_vector(self) -> int | None:
         """Which exception's handler the guest has halted in, if any."""
-        linear = self.rip + (self.cpu.get(kvm.kvm_sregs).cs.base if self.mode is LabMode.REAL else 0)
+        linear = self.rip + (
+            self.cpu.get(kvm.kvm_sregs).cs.base if self.mode is LabMode.REAL else 0
+        )
         vector, rest = divmod(linear - 1 - HANDLERS, 16)
         return vector if rest == 0 and 0 <= vector < 32 else None
 
@@ -207,7 +209,9 @@ class Lab:
                 gate = struct.pack("<HHHH", handler & 0xFFFF, CODE32, 0xEE00, handler >> 16)
                 self.write(IDT + 8 * vector, gate)
             else:
-                gate = struct.pack("<HHHHQ", handler & 0xFFFF, KERNEL_CODE, 0xEE00, handler >> 16, 0)
+                gate = struct.pack(
+                    "<HHHHQ", handler & 0xFFFF, KERNEL_CODE, 0xEE00, handler >> 16, 0
+                )
                 self.write(IDT + 16 * vector, gate)
 
     @staticmethod

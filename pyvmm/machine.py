@@ -80,6 +80,7 @@ class Machine:
         self._interrupted = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._input: tuple[int, Serial] | None = None
+        self._at_end: list[Callable[[], None]] = []
         try:
             self.vm = VM(device=device)
         except OSError:
@@ -223,7 +224,13 @@ class Machine:
             if self._stop is None:
                 self._stop = stop
         self.vm.end()
+        for callback in self._at_end:
+            callback()
         self.wake()
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, on any thread, when the VM ends: what makes a vCPU wait must let go."""
+        self._at_end.append(callback)
 
     def fail(self, vcpu_id: int, error: BaseException) -> None:
         """End the VM because a vCPU's thread met an exception."""
@@ -246,6 +253,18 @@ class Machine:
         )
         message = f"vCPU {vcpu_id}: {exit.name}"
         return Stop(StopReason.CRASHED, message, "\n".join(lines), vcpu_id, exit)
+
+    def describe_vcpus(self) -> str:
+        """State and registers of each vCPU, which must not run: for a person."""
+        from pyvmm import report
+
+        parts = []
+        for vcpu_id in sorted(self.threads):
+            cpu = self.vm.cpu(vcpu_id)
+            halted = ", halted" if vcpu_id in self.vm.halted_cpus() else ""
+            parts.append(f"vCPU {vcpu_id}{halted}:\n{report.registers(cpu.regs, cpu.sregs)}")
+            parts.append(report.code_bytes(cpu))
+        return "\n".join(parts)
 
     def _join(self) -> None:
         deadline = time.monotonic() + _JOIN_SECONDS

@@ -25,8 +25,8 @@ Which layout is right (`architecture_for`), tried with gdb 13:
 - In real mode I8086 makes gdb decode 16-bit instructions. (Not if an ELF32 is loaded, because gdb
   prefers the more capable i386: then the user says `set architecture i8086`.) gdb knows no
   segments: it reads code, and compares with its breakpoints, at the value of the program counter.
-  So `eip` is the *linear* address, CS base + IP, there, and the register `ip` holds IP. Stepping and
-  breakpoints then work with any CS.
+  So `eip` is the *linear* address, CS base + IP, there, and the register `ip` holds IP. Stepping
+  and breakpoints then work with any CS.
 
 Source: Debugging with GDB, appendix "Target Descriptions", section "i386 Features"; Intel SDM
 vol. 1, "Basic Execution Environment" and "x87 FPU Programming".
@@ -222,8 +222,8 @@ class Layout:
         """What to write so that all registers read back as `data`: only what is not so already.
 
         gdb changes one register by writing all. Those it did not mean to change must not be
-        written: some cannot be, and others lose what the debugger was not shown. Raises
-        ValueError if `data` has the wrong length.
+        written: some cannot be, and others lose what the debugger was not shown. Nor are those
+        that it was told are unavailable. Raises ValueError if `data` has the wrong length.
         """
         if len(data) != self.size:
             raise ValueError(f"{len(data)} bytes of registers instead of {self.size}")
@@ -232,7 +232,8 @@ class Layout:
         for row in self.registers:
             part = data[offset : offset + row.size]
             offset += row.size
-            if hexlify(part) != row.encode(values):
+            current = row.encode(values)
+            if current != hexlify(part) and not current.startswith(b"x"):
                 updates |= row.decode(part, values)
         return updates
 

@@ -19,7 +19,9 @@ def registers(regs: kvm_regs, sregs: kvm_sregs) -> str:
     """All registers of a vCPU, several lines."""
     mode = x86.cpu_mode(sregs, regs.rflags)
     flags = " ".join(n for bit, n in enumerate(_FLAGS) if n and regs.rflags >> bit & 1)
-    lines = [f"rip {regs.rip:#018x}  rflags {regs.rflags:#x} [{flags}]  CPL {sregs.ss.dpl}, {mode.value}"]
+    lines = [
+        f"rip {regs.rip:#018x}  rflags {regs.rflags:#x} [{flags}]  CPL {sregs.ss.dpl}, {mode.value}"
+    ]
     for row in _GENERAL:
         lines.append("  ".join(f"{name:<3} {getattr(regs, name):#018x}" for name in row))
     for name in ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt"):

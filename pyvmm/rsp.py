@@ -34,17 +34,16 @@ from enum import Enum
 # decides how fast memory is read.
 PACKET_SIZE = 0x20000
 
-_LONGEST_RUN = 98  # one byte and the most repeats that one printable count byte can express
-_SHORTEST_RUN = 32  # of `0` or NUL; what is shorter is not worth finding
+_RUN = 98  # one byte and the most repeats that a count can express, ord("~") - 29
+_LONG_RUN = 4 * _RUN  # to find shorter ones costs more time than a fast connection saves
 _WORTH_COMPRESSING = 4096  # bytes; below, the round trip costs the time, not the bytes
 
 _INTERESTING = re.compile(rb"[$+\-\x03]")  # what can begin between packets; the rest is noise
-_END_OR_START = re.compile(rb"[#$]")
 _ESCAPED = re.compile(rb"}(.?)", re.DOTALL)
 _REPEATED = re.compile(rb"(.)((?:\*.)+)", re.DOTALL)
+# Long runs of a byte. That the pattern begins with the run, spelled out, lets both searches skip.
+_RUNS = [(run, re.compile(run + b"%b*" % run[:1])) for run in (b"0" * _LONG_RUN, bytes(_LONG_RUN))]
 _HEX = frozenset(b"0123456789abcdefABCDEF")
-# The literal beginning lets the regex engine search for it instead of trying every position.
-_RUNS = re.compile(rb"%b0*|%b\x00*" % (b"0" * _SHORTEST_RUN, b"\x00" * _SHORTEST_RUN))
 
 
 class Event(Enum):
@@ -97,24 +96,26 @@ def escape(data: bytes) -> bytes:
 
 
 def compress(escaped: bytes) -> bytes:
-    """Run-length encode the long runs of `0` and NUL, what unused memory looks like.
+    """Run-length encode long runs of `0` and NUL, what unused memory looks like in hex and binary.
 
-    Neither byte is ever the second half of an escape (`0` ^ 0x20 is 0x10, NUL ^ 0x20 is a space,
-    and neither is escaped), so it does not matter to the peer whether it expands before or after
-    it unescapes: clients differ.
+    Neither byte is ever the second half of an escape, so it does not matter to the peer whether
+    it expands before or after it unescapes: clients differ.
     """
-    return _RUNS.sub(_compress_run, escaped)
+    for long_run, runs in _RUNS:
+        if long_run in escaped:
+            escaped = runs.sub(_compress_run, escaped)
+    return escaped
 
 
 def _compress_run(match: re.Match[bytes]) -> bytes:
-    """`0*~` stands for 98 zeros. The rest is copied: fewer than 98 bytes of each run.
+    """98 zeros become `0*~`; what is left of the run is sent as it is.
 
-    Only the largest count (`~`) is used, so the counts that the protocol forbids because they look
-    like framing (`#`, `$`, `+`, `-`) cannot occur.
+    So no other count is used, and none of those that the protocol forbids because they look like
+    framing (`#`, `$`, `+`, `-`).
     """
-    run = match[0]
-    whole, rest = divmod(len(run), _LONGEST_RUN)
-    return (run[:1] + b"*~") * whole + run[:rest]
+    whole, rest = divmod(len(match[0]), _RUN)
+    byte = match[0][:1]
+    return (byte + b"*~") * whole + byte * rest
 
 
 def encode(payload: bytes) -> bytes:
@@ -164,7 +165,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._searched = 1  # no end of the packet before this offset in the buffer
+        self._searched = 1  # neither `#` nor a further `$` before this offset in the buffer
         self._skipping = False  # the packet is too long: its bytes are thrown away
 
     def receive(self, data: bytes) -> None:
@@ -180,7 +181,9 @@ class Decoder:
             start = _INTERESTING.search(buffer)
             del buffer[: start.start() if start else len(buffer)]
             if buffer and buffer[0] != ord("$"):
-                return _EVENT_OF_BYTE[buffer.pop(0)]
+                byte = buffer[0]
+                del buffer[:1]
+                return _EVENT_OF_BYTE[byte]
         return None
 
     def _next_packet(self) -> Packet | Event | None:
@@ -190,23 +193,23 @@ class Decoder:
         one up. No event tells of it: an answer would be taken for the answer to the second.
         """
         buffer = self._buffer
-        end = _END_OR_START.search(buffer, self._searched)
-        while end and end[0] == b"$":
-            self._drop(end.start())
-            end = _END_OR_START.search(buffer, 1)
-        if not end:
+        end = buffer.find(b"#", self._searched)
+        start = buffer.rfind(b"$", self._searched, None if end < 0 else end)
+        if start >= 0:
+            self._drop(start)
+            return self._next_packet()
+        if end < 0:
             if self._skipping or len(buffer) > 1 + PACKET_SIZE:
                 self._skipping = True
                 buffer.clear()
             self._searched = len(buffer)
             return None
-        at = end.start()
-        if len(buffer) < at + 3:
-            self._searched = at
+        if len(buffer) < end + 3:
+            self._searched = end
             return None
-        payload, digits = bytes(buffer[1:at]), buffer[at + 1 : at + 3]
-        too_long = self._skipping or at > 1 + PACKET_SIZE
-        self._drop(at + 3)
+        payload, digits = bytes(buffer[1:end]), buffer[end + 1 : end + 3]
+        too_long = self._skipping or end > 1 + PACKET_SIZE
+        self._drop(end + 3)
         if too_long:
             return Event.TOO_LONG
         if not _HEX.issuperset(digits) or int(digits, 16) != checksum(payload):

@@ -43,6 +43,7 @@ class Row:
 
     name: bytes
     handler: Handler
+    separator: bytes = b""  # between name and arguments
     token: bytes = b""  # in the reply to qSupported
     any_phase: bool = False  # makes sense not only while the guest is stopped
     shows_message: bool = False  # gdb before 15 shows an `E.message` reply to this packet
@@ -56,7 +57,7 @@ def _supported(session: Session, args: bytes) -> bytes:
 
     A feature is announced as `name+` (or `name=value`); it is remembered without the `+`.
     """
-    words = args[1:].split(b";")
+    words = args.split(b";")
     session.announced = frozenset(word[:-1] for word in words if word.endswith(b"+"))
     tokens = [b"PacketSize=%x" % PACKET_SIZE]
     tokens += [row.token for row in PACKETS if row.token]
@@ -121,9 +122,14 @@ def _host_info(session: Session, args: bytes) -> bytes:
     return b"triple:%b;endian:little;ptrsize:%d;" % (hexlify(triple.encode()), pointer_size)
 
 
+def _watchpoints(session: Session, args: bytes) -> bytes:
+    """qWatchpointSupportInfo, from lldb: an x86 processor has DR0 to DR3."""
+    return b"num:4;"
+
+
 def _monitor(session: Session, args: bytes) -> bytes:
     """qRcmd,HEX: a `monitor` command. Errors are text, too: gdb before 15 shows no others here."""
-    command = unhex(args[1:]).decode(errors="replace")
+    command = unhex(args).decode(errors="replace")
     try:
         output = session.target.monitor(command)
     except TargetError as error:
@@ -141,15 +147,15 @@ _CUT = b"\n[cut: the output is too long for one packet]\n"
 
 PACKETS: tuple[Row, ...] = (
     # session
-    Row(b"qSupported", _supported),
-    Row(b"QStartNoAckMode", _no_acks, b"QStartNoAckMode+"),
+    Row(b"qSupported", _supported, b":"),
+    Row(b"QStartNoAckMode", _no_acks, token=b"QStartNoAckMode+"),
     Row(b"vMustReplyEmpty", _unsupported),
     Row(b"!", _ok),
-    Row(b"qAttached", _attached),
-    Row(b"qSymbol", _ok),
-    Row(b"qRcmd", _monitor),
-    Row(b"qXfer", stub_files.read_document),
-    Row(b"vFile", stub_files.file_operation),
+    Row(b"qAttached", _attached, b":"),
+    Row(b"qSymbol", _ok, b":"),
+    Row(b"qRcmd", _monitor, b","),
+    Row(b"qXfer", stub_files.read_document, b":"),
+    Row(b"vFile", stub_files.file_operation, b":", any_phase=True),
     # registers and memory
     Row(b"g", stub_data.read_all_registers, shows_message=True),
     Row(b"G", stub_data.write_all_registers, shows_message=True),
@@ -157,13 +163,13 @@ PACKETS: tuple[Row, ...] = (
     Row(b"P", stub_data.write_register, shows_message=True),
     Row(b"m", stub_data.read_memory_hex),
     Row(b"M", stub_data.write_memory_hex),
-    Row(b"x", stub_data.read_memory_binary, b"binary-upload+"),
+    Row(b"x", stub_data.read_memory_binary, token=b"binary-upload+"),
     Row(b"X", stub_data.write_memory_binary),
     Row(b"qqemu.Supported", _physical_supported),
     Row(b"qqemu.PhyMemMode", stub_data.physical_mode),
-    Row(b"Qqemu.PhyMemMode", stub_data.set_physical_mode),
+    Row(b"Qqemu.PhyMemMode", stub_data.set_physical_mode, b":"),
     # running and stopping
-    Row(b"vCont", stub_run.resume_threads, b"vContSupported+", shows_message=True),
+    Row(b"vCont", stub_run.resume_threads, b";", b"vContSupported+", shows_message=True),
     Row(b"vCont?", stub_run.supported_actions),
     Row(b"c", partial(stub_run.resume_plain, b"c")),
     Row(b"s", partial(stub_run.resume_plain, b"s")),
@@ -179,20 +185,21 @@ PACKETS: tuple[Row, ...] = (
     Row(b"qC", stub_run.current_thread),
     Row(b"qfThreadInfo", stub_run.first_threads),
     Row(b"qsThreadInfo", stub_run.more_threads),
-    Row(b"qThreadExtraInfo", stub_run.describe_thread),
+    Row(b"qThreadExtraInfo", stub_run.describe_thread, b","),
     # the end
-    Row(b"D", stub_run.detach, any_phase=True),
+    Row(b"D", stub_run.detach, b";", any_phase=True),
     Row(b"k", stub_run.kill, any_phase=True),
-    Row(b"vKill", stub_run.kill_process, any_phase=True),
-    Row(b"vAttach", stub_run.attach, any_phase=True),
+    Row(b"vKill", stub_run.kill_process, b";", any_phase=True),
+    Row(b"vAttach", stub_run.attach, b";", any_phase=True),
     # lldb's own
     Row(b"QThreadSuffixSupported", _ok),
     Row(b"QListThreadsInStopReply", _list_threads),
     Row(b"QEnableErrorStrings", _error_strings),
     Row(b"qHostInfo", _host_info),
     Row(b"qProcessInfo", _host_info),
+    Row(b"qWatchpointSupportInfo", _watchpoints, b":"),
     Row(b"qThreadStopInfo", stub_run.thread_stop),
-    Row(b"qMemoryRegionInfo", stub_data.memory_region),
+    Row(b"qMemoryRegionInfo", stub_data.memory_region, b":"),
 )
 _ROW_OF = {row.name: row for row in PACKETS}
 
@@ -224,14 +231,23 @@ class Stub:
         """Whether the debugger wants no acknowledgements; look at it after each reply."""
         return self.session.no_ack_mode
 
+    @property
+    def owes_reply(self) -> bool:
+        """Whether the debugger waits for a stop reply."""
+        return self.session.phase is Phase.RUNNING
+
     def handle(self, payload: bytes) -> bytes | None:
-        """The reply to a packet; None if it is owed until the VM stops (or never: `k`)."""
+        """The reply to a packet; None if it is owed until the VM stops."""
         row, args = _find(payload)
         if not row:
             return b""
         try:
             if self.session.phase is not Phase.STOPPED and not row.any_phase:
                 raise TargetError(EBUSY, self.session.phase.value)
+            if row.separator and args:
+                separator, args = args[:1], args[1:]
+                if separator != row.separator:
+                    raise PacketError("the arguments are malformed")
             return row.handler(self.session, args)
         except PacketError as error:
             return self._error(EINVAL, str(error), row)

@@ -119,9 +119,9 @@ def _write_memory(session: Session, header: bytes, data: bytes) -> bytes:
 
 def set_physical_mode(session: Session, args: bytes) -> bytes:
     """Qqemu.PhyMemMode:1: from now on addresses in memory packets are guest physical."""
-    if args not in (b":0", b":1"):
+    if args not in (b"0", b"1"):
         raise PacketError("the mode is 0 or 1")
-    session.physical = args == b":1"
+    session.physical = args == b"1"
     return b"OK"
 
 
@@ -133,6 +133,6 @@ def physical_mode(session: Session, args: bytes) -> bytes:
 def memory_region(session: Session, args: bytes) -> bytes:
     """qMemoryRegionInfo:GVA, for lldb: where the region around it begins, how long it is, and
     what is allowed there. A region without permissions is not mapped."""
-    region = session.target.memory_region(session.selected(), parse_hex(args[1:]))
+    region = session.target.memory_region(session.selected(), parse_hex(args))
     permissions = f"permissions:{region.permissions};" if region.permissions else ""
     return f"start:{region.start:x};size:{region.length:x};{permissions}".encode()

@@ -79,7 +79,7 @@ def offered(session: Session) -> list[Document]:
 
 def read_document(session: Session, args: bytes) -> bytes:
     """qXfer:OBJECT:read:ANNEX:OFFSET,LENGTH"""
-    name, _, rest = args[1:].partition(b":")
+    name, _, rest = args.partition(b":")
     operation, _, rest = rest.partition(b":")
     makers = [document.make for document in offered(session) if document.name == name]
     if not makers or operation != b"read":
@@ -184,7 +184,7 @@ _FILE_OPERATIONS: dict[bytes, Callable[[Session, bytes], bytes]] = {
 
 def file_operation(session: Session, args: bytes) -> bytes:
     """vFile:OPERATION:ARGUMENTS; F and a result, or F-1 and an errno."""
-    name, _, rest = args[1:].partition(b":")
+    name, _, rest = args.partition(b":")
     operation = _FILE_OPERATIONS.get(name)
     if not operation:
         return b""

@@ -38,9 +38,7 @@ from pyvmm.target import (
 
 def resume_threads(session: Session, args: bytes) -> bytes | None:
     """vCont;ACTION[:THREAD]..."""
-    if not args.startswith(b";"):
-        raise PacketError("vCont needs an action")
-    return _resume(session, [_parse_action(session, text) for text in args[1:].split(b";")])
+    return _resume(session, [_parse_action(session, text) for text in args.split(b";")])
 
 
 def _parse_action(session: Session, text: bytes) -> tuple[Action | None, int]:
@@ -248,7 +246,7 @@ def more_threads(session: Session, args: bytes) -> bytes:
 
 def describe_thread(session: Session, args: bytes) -> bytes:
     """qThreadExtraInfo,THREAD: what `info threads` shows, in hex."""
-    vcpu_id = session.selected(session.parse_thread(args[1:]))
+    vcpu_id = session.selected(session.parse_thread(args))
     for thread in session.target.threads():
         if thread.vcpu_id == vcpu_id:
             return hexlify(f"{thread.name}, {thread.state}".encode(errors="replace"))
@@ -261,30 +259,31 @@ def describe_thread(session: Session, args: bytes) -> bytes:
 def detach(session: Session, args: bytes) -> bytes:
     """D, or D;PROCESS"""
     if args:
-        _check_process(args[1:])
+        _check_process(args)
     if session.phase in (Phase.STOPPED, Phase.RUNNING):
         session.target.detach()
         session.enter(Phase.DETACHED)
     return b"OK"
 
 
-def kill(session: Session, args: bytes) -> None:
-    """k: there is no reply."""
+def kill(session: Session, args: bytes) -> bytes:
+    """k: gdb does not look at a reply, lldb waits for one, as if the VM had died of SIGKILL."""
     if session.phase is not Phase.ENDED:
         session.target.kill()
         session.enter(Phase.ENDED)
+    return b"X09"
 
 
 def kill_process(session: Session, args: bytes) -> bytes:
     """vKill;PROCESS"""
-    _check_process(args[1:])
+    _check_process(args)
     kill(session, b"")
     return b"OK"
 
 
 def attach(session: Session, args: bytes) -> bytes | None:
     """vAttach;PROCESS: after D in extended mode, or on a session that is attached anyway."""
-    _check_process(args[1:])
+    _check_process(args)
     if session.phase is Phase.STOPPED:
         return why_stopped(session, b"")
     if session.phase is not Phase.DETACHED:

@@ -108,16 +108,16 @@ class ExecFile:
 
     path: str  # absolute: gdb asks for it by this name
     size: int  # bytes
-    pread: Callable[
-        [int, int], bytes
-    ]  # (offset, length) -> at most so many bytes; may raise OSError
+    # (offset, length in bytes) -> at most so many bytes; may raise OSError
+    pread: Callable[[int, int], bytes]
 
 
 class Target(Protocol):
     """A virtual machine under debug.
 
-    Every method may raise TargetError, and nothing else. Unless a line says otherwise, they are
-    called only while the VM is stopped, that is, while all vCPUs are parked.
+    Every method may raise TargetError, and nothing else; vcpu_ids, architecture and has_avx raise
+    nothing. Unless a line says otherwise, they are called only while the VM is stopped, that is,
+    while all vCPUs are parked.
     """
 
     # What it is.
@@ -137,7 +137,7 @@ class Target(Protocol):
 
     def exec_file(self) -> ExecFile | None:
         """The file with the symbols, if there is one and its ELF class fits architecture(): gdb
-        cannot use another (see registers.py)."""
+        cannot use another (see registers.py). Also called while the VM runs."""
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """All GVAs at which there can ever be memory, as (start, length) in bytes; None: not told.

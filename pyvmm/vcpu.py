@@ -39,9 +39,7 @@ class StopVm(Exception):
 class VcpuThread(threading.Thread):
     """Runs one vCPU until the VM ends."""
 
-    def __init__(
-        self, machine: Machine, vcpu_id: int, handlers: Mapping[type, Handler]
-    ) -> None:
+    def __init__(self, machine: Machine, vcpu_id: int, handlers: Mapping[type, Handler]) -> None:
         # A daemon, so that one that is stuck in a device cannot keep the interpreter from exiting.
         super().__init__(name=f"vcpu-{vcpu_id}", daemon=True)
         self.machine = machine
@@ -53,9 +51,7 @@ class VcpuThread(threading.Thread):
     def run(self) -> None:
         """The thread's body; threading.Thread calls it."""
         # Signals are for the main thread: one that lands here would not wake it.
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, signal.valid_signals() - _SYNCHRONOUS_SIGNALS
-        )
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _SYNCHRONOUS_SIGNALS)
         try:
             self.vm.activate_cpu(self.vcpu_id)
             try:

@@ -6,11 +6,20 @@ by VM._lock, those in the second belong to the thread that runs the vCPU.
 
 from __future__ import annotations
 
+import signal
 import threading
 from enum import Enum
 from typing import NamedTuple
 
 from pyvmm import exits, kvm
+
+
+KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
+
+
+def forget_kick() -> None:
+    """Take a pending KICK_SIGNAL of this thread away."""
+    signal.sigtimedwait({KICK_SIGNAL}, 0)
 
 
 class VmError(OSError):
@@ -61,6 +70,7 @@ class VcpuRecord:
         # Guarded by VM._lock.
         self.thread_id: int | None = None  # the thread that runs it; None: not active
         self.debugged = False
+        self.ended = False  # the VM is ending
         self.asleep = False  # in vm.sleep()
         self.halted = False  # executed hlt, no in-kernel irqchip to wait in
         self.wanted: frozenset[Capability] = frozenset()
@@ -71,6 +81,7 @@ class VcpuRecord:
         self.attention = False  # vm.run() must look at the above before it enters
         # Owned by the vCPU's thread (by the debugger while parked).
         self.last_exit: exits.Exit | None = None  # of the last KVM_RUN that was not interrupted
+        self.step_rip = 0  # where the last single-step began
         self.control = 0  # the KVM_GUESTDBG_* flags that KVM has now
         self.entry_inst_length = 0  # Register.GUEST_ENTRY_INST_LENGTH
         self.last_bpt_length = 0  # what Intel's KVM will add when a #BP is injected
@@ -88,7 +99,11 @@ class VcpuRecord:
     def update_attention(self) -> None:
         """Call with VM._lock held, after any change of a guarded field."""
         self.attention = (
-            self.debugged or self.halted or self.stale or Capability.MTRAP_EXIT in self.wanted
+            self.ended
+            or self.debugged
+            or self.halted
+            or self.stale
+            or Capability.MTRAP_EXIT in self.wanted
         )
 
     def set_guest_debug(self) -> None:

@@ -1,0 +1,262 @@
+"""The command line: arguments -> machine -> exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from pyvmm.boot import ImageError, Mode, read_image
+from pyvmm.console import Output, RawTerminal
+from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
+from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
+
+if TYPE_CHECKING:
+    from pyvmm.trace import Tracer
+
+EPILOG = """\
+exit status:
+  0        the guest ended by itself (hlt with interrupts off on all vCPUs)
+  odd      the guest's own: it wrote V to port 0xf4, the status is (V << 1) | 1
+  2        wrong usage, or an image that cannot be used
+  4        the host or pyvmm failed (no /dev/kvm, no permission, ...)
+  6        the guest crashed (triple fault, an exit that nobody handles)
+  124      --timeout ran out
+  130/143  ended by SIGINT/SIGTERM
+
+examples:
+  pyvmm guests/hello.bin                    run a flat binary in 64-bit mode
+  pyvmm guests/hello16.bin --mode real      run a boot sector
+  pyvmm kernel.elf -m 256M --timeout 10     run a static ELF file, ten seconds at most
+  pyvmm guests/hello.bin --trace            show every exit
+  pyvmm --probe                             what this host's KVM can do
+"""
+
+
+class _Interrupted(Exception):
+    """A signal asked us to end."""
+
+
+class _UsageError(Exception):
+    """An argument that argparse could not judge."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run pyvmm with these arguments (sys.argv by default); returns the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.probe:
+            return _probe(arguments)
+        if arguments.image is None:
+            parser.error("name an image to run, or --probe; --help shows examples")
+        return _run(arguments)
+    except (ImageError, ValueError) as error:
+        return _fail(STATUS_USAGE, str(error))
+    except BrokenPipeError:
+        return _fail(STATUS_FAILED, "nobody reads our output any more")
+    except OSError as error:
+        return _fail(STATUS_FAILED, _advice(error, arguments.device))
+    except RuntimeError as error:  # a thread that does not stop
+        return _fail(STATUS_FAILED, str(error))
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"pyvmm: {message}", file=sys.stderr)
+    return status
+
+
+def _advice(error: OSError, device: str) -> str:
+    """A host's failure as one line that says what to do."""
+    if error.filename == device:
+        if isinstance(error, FileNotFoundError):
+            return (
+                f"{device} does not exist: this host offers no KVM. Load kvm_intel or kvm_amd, "
+                "enable virtualization in the firmware, or nested virtualization in a VM"
+            )
+        if isinstance(error, PermissionError):
+            return (
+                f"{device}: permission denied. Join its group (sudo usermod -aG kvm $USER, then "
+                "log in again), or run as root"
+            )
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"pyvmm: {message}\n(pyvmm --help explains)", file=sys.stderr)
+        sys.exit(STATUS_USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="pyvmm",
+        description="Run a guest on Linux KVM.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "image", nargs="?", metavar="IMAGE", help="a flat binary or a static ELF file"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "-c", "--cpus", type=_count, default=1, metavar="N", help="number of vCPUs (default 1)"
+    )
+    machine.add_argument(
+        "-m", "--memory", type=_size, default=DEFAULT_MEMORY, metavar="SIZE",
+        help="guest memory, as 64M or 2G (default 64M)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--mode", choices=[mode.value for mode in Mode],
+        help="how a flat binary is entered (default long)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--load", type=_address, metavar="GPA",
+        help="where a flat binary goes (default 0x100000; 0x7c00 in real mode)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--entry",
+        type=_address,
+        metavar="GPA",
+        help="where it starts (default: where it was loaded)",
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="end with status 124 after so long"
+    )
+    running.add_argument("--trace", action="store_true", help="print each exit on stderr")
+    host = parser.add_argument_group("host")
+    host.add_argument(
+        "--device", default="/dev/kvm", metavar="PATH", help="KVM's device (/dev/kvm)"
+    )
+    host.add_argument(
+        "--probe", action="store_true", help="show what this host's KVM can do, and run nothing"
+    )
+    host.add_argument("--json", action="store_true", help="with --probe: print JSON")
+    host.add_argument(
+        "--require", metavar="NAME,...", help="with --probe: fail (status 4) if one is missing"
+    )
+    return parser
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def _size(text: str) -> int:
+    """A size in bytes: 64M, 2G, 4096K; a bare number is in bytes, as on dd's command line."""
+    upper = text.upper().removesuffix("IB").removesuffix("B")
+    unit = upper[-1:] if upper[-1:] in _UNITS else ""
+    try:
+        size = int(upper.removesuffix(unit) if unit else upper, 0) * _UNITS[unit]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 64M or 2G") from None
+    if size < MIN_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text!r} is too little: at least 1M (say 64M)")
+    return size
+
+
+def _address(text: str) -> int:
+    try:
+        address = int(text, 0)
+    except ValueError:
+        address = -1
+    if not 0 <= address < 1 << 52:
+        raise argparse.ArgumentTypeError(f"{text!r} is no guest-physical address: write 0x100000")
+    return address
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of vCPUs")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+    return seconds
+
+
+# --- what it does ------------------------------------------------------------------------------
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from pyvmm import probereport
+
+    required = [name for name in (arguments.require or "").split(",") if name]
+    return probereport.main(arguments.device, required, as_json=arguments.json)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    mode = Mode(arguments.mode) if arguments.mode else None
+    image = read_image(arguments.image, mode=mode, load=arguments.load, entry=arguments.entry)
+    output = Output(sys.stdout.fileno())
+    try:
+        with Machine(
+            image,
+            cpus=arguments.cpus,
+            memory=arguments.memory,
+            output=output,
+            device=arguments.device,
+            coalesce=not arguments.trace,  # a trace shows each byte
+        ) as machine:
+            machine.on_end(output.stop)
+            tracer = _trace(machine) if arguments.trace else None
+            stop, signal_number = _run_until_signal(machine, arguments.timeout)
+            return _report(machine, stop, signal_number, tracer)
+    finally:
+        output.close()
+
+
+def _trace(machine: Machine) -> Tracer:
+    from pyvmm.trace import Tracer
+
+    tracer = Tracer()
+    machine.handlers = tracer.wrap(machine.handlers)
+    return tracer
+
+
+def _run_until_signal(machine: Machine, timeout: float | None) -> tuple[Stop, int | None]:
+    """Run with keystrokes going to the guest; the signal that ended it, if one did."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        machine.interrupt()
+
+    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with RawTerminal(sys.stdin.fileno() if sys.stdin else -1):
+            if sys.stdin:
+                machine.connect_input(sys.stdin.fileno())
+            stop = machine.run(timeout)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return stop, received[0] if received else None
+
+
+def _report(machine: Machine, stop: Stop, signal_number: int | None, tracer: Tracer | None) -> int:
+    """Tell on stderr what a silent end would hide; returns the exit status."""
+    if tracer is not None:
+        print(tracer.summary(), file=sys.stderr)
+    if stop.reason is StopReason.INTERRUPTED and signal_number is not None:
+        return 128 + signal_number
+    if stop.reason is StopReason.TIMEOUT:
+        print(f"pyvmm: {stop.message}\n{machine.describe_vcpus()}", file=sys.stderr)
+    elif stop.reason in (StopReason.CRASHED, StopReason.FAILED):
+        print(f"pyvmm: {stop.message}", file=sys.stderr)
+        if stop.report:
+            print(stop.report, file=sys.stderr)
+    return stop.status

@@ -1,0 +1,132 @@
+"""One single-step: exactly one instruction, whatever the instruction and the host.
+
+KVM steps with the processor's trap flag, and by itself that goes wrong in four ways, which are made
+up for here:
+
+- `int3`, `int n`, `syscall` and `pushf` lose the flag or show it to the guest: they are executed in
+  software instead (emulate.py);
+- an instruction that faults runs away into its handler: traps on the handlers (steptraps.py);
+- some hosts stop again where they started (an EPT violation while the flag is armed, on emulated
+  Intel): such a stop, with no register changed, is repeated;
+- port I/O and MMIO leave the guest in the middle of the instruction: the hypervisor layer finishes
+  the access without entering, and that ends the step.
+
+A `rep` string instruction counts as one instruction for each stop the host makes in it, as with a
+real trap flag, which stops after each repetition.  The last stop is behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from pyvmm import emulate, exits, kvm, x86
+from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.steptraps import StepTraps, leave_handler_frame
+from pyvmm.vcpurecord import Capability, VcpuRecord, forget_kick
+
+if TYPE_CHECKING:
+    from pyvmm.hypervisor import VM
+
+_STRING_OPCODES = {
+    bytes((n,)) for n in (*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0))
+}
+_MAX_REPEATS = 16  # stops without progress: one for each cold page that the instruction touches
+
+
+class Stepper:
+    """Makes the single-steps of one VM, one at a time: the traps are in memory that all share."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()  # held while traps are planted, also over KVM_RUN
+        self._traps = StepTraps(memory)
+        self.used = False  # whether a trap was ever planted
+
+    def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+        """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
+        cpu = vm.copy_state(vcpu)
+        code = cpu.fetch()
+        length = x86.int3_length(code, cpu.mode)
+        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+            return exits.Bpt(length)
+        if vm.complete_in_software(vcpu, cpu, code):
+            return exits.Mtrap()
+        self.used = True
+        vcpu.step_rip = cpu.regs.rip
+        with self._lock:
+            self._traps.plant(cpu, VirtualMemory(self._memory, cpu.sregs))
+            try:
+                if not _enter_until_progress(vcpu, cpu):
+                    return None
+                after = vm.copy_state(vcpu)
+                faulted = self._traps.hit(after, cpu.regs.rip)
+            finally:
+                self._traps.remove()
+        if faulted:
+            leave_handler_frame(after, faulted, cpu.regs)
+            vm.write_state(vcpu, after)
+            _forget_single_step(vcpu)
+            return exits.Mtrap()
+        exit = vm.decode(vcpu)
+        if isinstance(exit, exits.Mtrap) and _repeated_out(vcpu, after):
+            return self.step(vm, vcpu)
+        return exit
+
+    def io_was_all(self, vm: VM, vcpu: VcpuRecord) -> bool:
+        """Whether the instruction of the step is over now that its I/O is finished."""
+        return not _repeated_out(vcpu, vm.copy_state(vcpu))
+
+    def stray_hlt(self, vm: VM, vcpu: VcpuRecord) -> bool:
+        """Whether a `hlt` exit of a vCPU that does not step came from a trap planted for another.
+
+        Then its RIP is put back, to be entered again when the other one's step is over.
+        """
+        with self._lock:  # until the step is over and the guest's bytes are back
+            cpu = vm.copy_state(vcpu)
+            cpu.regs.rip -= 1
+            if cpu.fetch(1) == b"\xf4":
+                return False
+            vcpu.handle.set(cpu.regs)
+            return True
+
+
+def _forget_single_step(vcpu: VcpuRecord) -> None:
+    """Take BS out of DR6, where the delivery of the step's own #DB has put it."""
+    debugregs = vcpu.handle.get(kvm.kvm_debugregs)
+    if debugregs.dr6 & x86.DR6_BS:
+        debugregs.dr6 &= ~x86.DR6_BS
+        vcpu.handle.set(debugregs)
+
+
+def _repeated_out(vcpu: VcpuRecord, cpu: emulate.Cpu) -> bool:
+    """Whether the step is at the same `rep` string instruction, with no repetition left to do.
+
+    A processor would be behind it; KVM's emulator is so only after it looks once more.
+    """
+    if cpu.regs.rip != vcpu.step_rip:
+        return False
+    prefixes, rest = x86.split_prefixes(cpu.fetch(), cpu.mode)
+    count_bits = 64 if cpu.mode is x86.CpuMode.LONG else 32 if cpu.sregs.cs.db else 16
+    left = cpu.regs.rcx & (1 << count_bits) - 1
+    return left == 0 and rest[:1] in _STRING_OPCODES and bool({0xF2, 0xF3} & set(prefixes))
+
+
+def _enter_until_progress(vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+    """Enter with the trap flag armed; False when that was interrupted."""
+    start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
+    for _ in range(_MAX_REPEATS):
+        # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
+        vcpu.set_guest_debug()
+        if not kvm.run(vcpu.fd):
+            vcpu.last_exit = None
+            forget_kick()
+            return False
+        run = vcpu.kvm_run
+        if run.exit_reason != kvm.KVM_EXIT_DEBUG or run.debug.pc != start:
+            break
+        if run.debug.dr6 & x86.DR6_HITS or bytes(vcpu.handle.get(kvm.kvm_regs)) != bytes(
+            before.regs
+        ):
+            break
+    return True

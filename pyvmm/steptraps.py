@@ -1,0 +1,172 @@
+"""Where a single-step goes when its instruction faults: traps on the guest's exception handlers.
+
+A step is made with the processor's trap flag, and delivering an exception clears it.  So a step
+over an instruction that faults would run away through the whole handler.  For the one entry that
+makes the step, therefore, the first byte of each exception handler is replaced by `hlt`, which
+leaves the guest on every host; the step then ends before the handler's first instruction, where a
+processor with an in-circuit debugger would end it.  The trap flag that the exception saved on the
+handler's stack is taken out again.
+
+The same traps make up for hosts that deliver the #DB of a step at CPL 3 to the guest: its handler
+is trapped too, and the delivery is undone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyvmm import x86
+from pyvmm.emulate import CannotComplete, Cpu, load_descriptor
+from pyvmm.kvm import kvm_regs
+from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.x86 import CpuMode
+
+_HLT = 0xF4
+_EXCEPTIONS = 32
+_MAX_INSTRUCTION = 15  # bytes
+
+
+class _Handler(NamedTuple):
+    vector: int
+    gva: int
+    gpa: int
+
+
+class StepTraps:
+    """The traps of one VM.  Planted and removed by the vCPU that steps, others parked or waiting."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._key: object = None  # what _handlers was made from: IDT contents and paging
+        self._handlers: list[_Handler] = []
+        self._planted: dict[int, int] = {}  # GPA -> the guest's byte
+
+    def plant(self, cpu: Cpu, virtual: VirtualMemory) -> None:
+        """Put the traps in place, but not into the instruction that is about to be executed."""
+        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
+        for handler in self._find_handlers(cpu, virtual):
+            if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
+                continue
+            slot = self._memory.find(handler.gpa)
+            offset = handler.gpa - slot.gpa
+            self._planted[handler.gpa] = slot.pages[offset]
+            slot.pages[offset] = _HLT
+
+    def remove(self) -> None:
+        """Put the guest's bytes back."""
+        for gpa, byte in self._planted.items():
+            slot = self._memory.find(gpa)
+            # Not if the guest has written there: then its byte is the newer one.
+            if slot.pages[gpa - slot.gpa] == _HLT:
+                slot.pages[gpa - slot.gpa] = byte
+        self._planted.clear()
+
+    def hit(self, cpu: Cpu, start_rip: int) -> list[int]:
+        """The vectors in whose planted trap a vCPU is that just left; none if it is in none.
+
+        RIP is behind the trap then, and the frame on the stack says that the instruction at
+        `start_rip` was interrupted (which tells it from a jump to the handler's second byte).
+        """
+        gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip - 1, cpu.mode)
+        vectors = [h.vector for h in self._handlers if h.gva == gva and h.gpa in self._planted]
+        if vectors:
+            saved_rips = frame(cpu)[:2]  # the first is an error code for some vectors
+            if not any(0 <= rip - start_rip <= _MAX_INSTRUCTION for rip in saved_rips):
+                return []
+        return vectors
+
+    def _find_handlers(self, cpu: Cpu, virtual: VirtualMemory) -> list[_Handler]:
+        sregs = cpu.sregs
+        try:
+            size = min(sregs.idt.limit + 1, _EXCEPTIONS * _entry_size(cpu))
+            idt = virtual.read(sregs.idt.base, size)
+        except Exception:  # no IDT that could be read: nothing to trap
+            return []
+        key = (idt, cpu.mode, sregs.cr0, sregs.cr3, sregs.cr4, sregs.gdt.base)
+        if key != self._key:
+            self._key, self._handlers = key, list(_handlers(cpu, virtual, idt, self._memory))
+        return self._handlers
+
+
+def _entry_size(cpu: Cpu) -> int:
+    if cpu.mode is CpuMode.REAL:
+        return 4
+    return 16 if cpu.sregs.efer & x86.EFER_LMA else 8
+
+
+def _handlers(
+    cpu: Cpu, virtual: VirtualMemory, idt: bytes, memory: GuestMemory
+) -> Iterator[_Handler]:
+    """The handlers of the IDT or IVT whose first byte is in RAM."""
+    for vector, gva in _handler_addresses(cpu, idt):
+        try:
+            gpa = virtual.translate(gva)
+            memory.find(gpa)
+        except Exception:  # not mapped now, or not RAM: it cannot be trapped
+            continue
+        yield _Handler(vector, gva, gpa)
+
+
+def _handler_addresses(cpu: Cpu, idt: bytes) -> Iterator[tuple[int, int]]:
+    if cpu.mode is CpuMode.REAL:
+        for vector, (offset, selector) in enumerate(
+            struct.iter_unpack("<HH", idt[: len(idt) & ~3])
+        ):
+            yield vector, (selector << 4) + offset
+        return
+    size = _entry_size(cpu)
+    for vector in range(len(idt) // size):
+        gate = idt[vector * size : (vector + 1) * size]
+        low, high = struct.unpack("<QQ", gate.ljust(16, b"\0"))
+        present, kind = low >> 47 & 1, low >> 40 & 0x1F
+        offset = low & 0xFFFF
+        if kind in (x86.TYPE_INTERRUPT_GATE, x86.TYPE_TRAP_GATE):
+            offset |= low >> 32 & 0xFFFF0000 | (high & 0xFFFFFFFF) << 32
+        elif kind not in (x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16):
+            continue
+        if present:
+            try:
+                base = 0 if size == 16 else load_descriptor(cpu, low >> 16 & 0xFFFF).base
+            except CannotComplete:
+                continue
+            yield vector, base + offset
+
+
+def _word_size(cpu: Cpu) -> int:
+    """How many bytes a handler's frame has for each value."""
+    return 8 if cpu.mode is CpuMode.LONG else 2 if cpu.mode is CpuMode.REAL else 4
+
+
+def frame(cpu: Cpu) -> list[int]:
+    """The six values on top of the stack of a handler that was just entered."""
+    size = _word_size(cpu)
+    stack = x86.linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
+    data = cpu.read(stack, 6 * size)
+    return [int.from_bytes(data[n * size : (n + 1) * size], "little") for n in range(6)]
+
+
+def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:
+    """Make a stop in a handler's trap look like a step that ended where it should.
+
+    RIP goes back to the handler's first instruction and TF out of the saved flags, unless it was
+    the guest's own.  If it is the handler of #DB and was entered from CPL 3, then this host has
+    delivered the step itself to the guest, and the frame is undone as `iret` would.
+    """
+    cpu.regs.rip -= 1
+    size = _word_size(cpu)
+    values = frame(cpu)
+    own_tf = before.rflags & x86.RFLAGS_TF
+    if x86.VECTOR_DB in vectors and size != 2 and values[1] & 3 == 3:
+        rip, cs, rflags, rsp, ss = values[:5]
+        cpu.sregs.cs, cpu.sregs.ss = load_descriptor(cpu, cs), load_descriptor(cpu, ss)
+        cpu.regs.rip, cpu.regs.rsp = rip, rsp
+        cpu.regs.rflags = rflags & ~x86.RFLAGS_TF | own_tf
+        return
+    error_code = int(values[0] != before.rip and values[1] == before.rip)
+    stack = x86.linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
+    saved = values[error_code + 2]
+    if saved & x86.RFLAGS_TF and not own_tf:
+        cleared = (saved & ~x86.RFLAGS_TF).to_bytes(size, "little")
+        cpu.write(stack + (error_code + 2) * size, cleared)

@@ -1,0 +1,219 @@
+"""A single-step executes exactly one instruction: a table of instructions, and what is awkward."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from pyvmm import exits, kvm, x86
+from pyvmm.hypervisor import Capability, Register
+from pyvmm.lab import CODE, DATA, HANDLERS, IDT, KERNEL_CODE, KERNEL_DATA, STACK, LabMode
+from tests.support import MMIO_GVA, Bench, requires
+
+pytestmark = pytest.mark.kvm
+
+NOPS = b"\x90" * 8
+FINDING = {
+    LabMode.LONG: "step",
+    LabMode.USER: "step-user",
+    LabMode.PROTECTED: "step",
+    LabMode.REAL: "step-real",
+}
+
+
+class Case(NamedTuple):
+    """An instruction, and how far RIP moves; or `vector`, the exception it raises instead."""
+
+    code: bytes
+    moves: int
+    vector: int | None = None
+    modes: tuple[LabMode, ...] = tuple(LabMode)
+
+
+KERNEL = (LabMode.LONG, LabMode.PROTECTED, LabMode.REAL)
+LONG = (LabMode.LONG,)
+LONG_USER = (LabMode.LONG, LabMode.USER)
+
+CASES = {
+    "nop": Case(b"\x90", 1),
+    "jump to itself": Case(b"\xeb\xfe", 0),
+    "call": Case(b"\xe8\x02\x00\x00\x00", 7, modes=LONG_USER),
+    "in": Case(b"\xe4\x10", 2, modes=KERNEL),
+    "out": Case(b"\xe6\x10", 2, modes=KERNEL),
+    "rep outsb, one left": Case(b"\xf3\x6e", 2, modes=LONG),
+    "rep stosb, one left": Case(b"\xf3\xaa", 2, modes=LONG_USER),
+    "MMIO load": Case(b"\x8a\x04\x25" + MMIO_GVA.to_bytes(4, "little"), 7, modes=LONG_USER),
+    "MMIO store": Case(b"\x88\x04\x25" + MMIO_GVA.to_bytes(4, "little"), 7, modes=LONG_USER),
+    "hlt": Case(b"\xf4", 1, modes=KERNEL),
+    "pushf": Case(b"\x9c", 1),
+    "popf": Case(b"\x9d", 1),
+    "sti": Case(b"\xfb", 1, modes=KERNEL),
+    "mov ss": Case(b"\x8e\xd0", 2, modes=LONG),
+    "cpuid": Case(b"\x0f\xa2", 2),
+    "rdmsr": Case(b"\x0f\x32", 2, modes=LONG),
+    "iretq": Case(b"\x48\xcf", 3, modes=LONG),
+    "syscall": Case(b"\x0f\x05", 0x40, modes=LONG),
+    "int3 of the guest's": Case(b"\xcc", 0, vector=3),
+    "int3 with a prefix": Case(b"\x66\xcc", 0, vector=3),
+    "int n": Case(b"\xcd\x05", 0, vector=5),
+    "ud2": Case(b"\x0f\x0b", 0, vector=6, modes=LONG_USER),
+    "divide by zero": Case(b"\xf7\xf1", 0, vector=0),
+    "general protection": Case(b"\xfa", 0, vector=13, modes=(LabMode.USER,)),
+    "page fault": Case(b"\xa2" + (1 << 40).to_bytes(8, "little"), 0, vector=14, modes=LONG_USER),
+}
+TABLE = [(name, mode) for name, case in CASES.items() for mode in case.modes]
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    name, mode = request.param
+    with prepared(CASES[name].code, mode) as bench:
+        yield bench
+
+
+def prepared(code: bytes, mode: LabMode) -> Bench:
+    """The code with registers and a stack that suit every row of the table, ready to step."""
+    requires(FINDING[mode])
+    bench = Bench(code + NOPS, mode)
+    bench.activate()
+    regs = bench.cpu.get(kvm.kvm_regs)
+    regs.rcx, regs.rdx, regs.rax = 0, 0x10, KERNEL_DATA
+    if code[:1] == b"\xf3":
+        regs.rcx = 1
+    if code == b"\x0f\x32":
+        regs.rcx = x86.MSR_EFER
+    regs.rsi = regs.rdi = DATA
+    if code[:1] == b"\x9d" or code == b"\x48\xcf":
+        regs.rsp -= 40
+        sp = regs.rsp
+        frame = (CODE + 3, KERNEL_CODE, x86.RFLAGS_FIXED, STACK, KERNEL_DATA)
+        flags = (x86.RFLAGS_FIXED,) * 5
+        bench.write(sp, struct.pack("<5Q", *(flags if code[:1] == b"\x9d" else frame)))
+    bench.cpu.set(regs)
+    if mode is LabMode.LONG:
+        sregs = bench.cpu.get(kvm.kvm_sregs)
+        sregs.efer |= x86.EFER_SCE
+        bench.cpu.set(sregs)
+        bench.cpu.set_msrs({x86.MSR_STAR: KERNEL_CODE << 32, x86.MSR_LSTAR: CODE + 0x40})
+    bench.vm.set_capability(0, Capability.MTRAP_EXIT, True)
+    return bench
+
+
+def step(bench: Bench) -> exits.Exit:
+    """Run until something that is no I/O."""
+    for _ in range(8):
+        exit = bench.enter()
+        if isinstance(exit, exits.InOut) and exit.is_in:
+            bench.vm.answer(0, b"\x5a")
+        elif isinstance(exit, exits.Mmio) and not exit.is_write:
+            bench.vm.answer(0, b"\x5a")
+        elif not isinstance(exit, (exits.InOut, exits.Mmio)):
+            return exit
+    raise AssertionError("I/O without end")
+
+
+@pytest.mark.parametrize(
+    ("bench", "name", "mode"),
+    [((name, mode), name, mode) for name, mode in TABLE],
+    indirect=["bench"],
+    ids=[f"{name}-{mode.name}" for name, mode in TABLE],
+)
+def test_a_step_is_exactly_one_instruction(bench: Bench, name: str, mode: LabMode) -> None:
+    case = CASES[name]
+    start = bench.vm.get_register(0, Register.RIP)
+    rsp = bench.vm.get_register(0, Register.RSP)
+    assert step(bench) == exits.Mtrap()
+    rip = bench.vm.get_register(0, Register.RIP)
+    if case.vector is None:
+        assert rip - start == case.moves
+    else:
+        code_base = bench.vm.get_register(0, Register.CS_BASE) if mode is LabMode.REAL else 0
+        assert code_base + rip == HANDLERS + 16 * case.vector, "not at the handler's first byte"
+        assert not saved_flags(bench, case.vector) & x86.RFLAGS_TF, "TF leaked to the handler"
+        assert bench.memory.read(HANDLERS + 16 * case.vector, 1) == b"\xf4"
+    if case.code == b"\x9c":
+        width = {LabMode.REAL: 2, LabMode.PROTECTED: 4}.get(mode, 8)
+        pushed = int.from_bytes(bench.memory.read(rsp - width, width), "little")
+        assert bench.vm.get_register(0, Register.RSP) == rsp - width
+        assert not pushed & x86.RFLAGS_TF, "TF leaked to the guest's stack"
+        assert pushed & x86.RFLAGS_FIXED
+    if case.code == b"\x0f\x05":
+        assert not bench.vm.get_register(0, Register.R11) & x86.RFLAGS_TF
+    assert not bench.vm.get_register(0, Register.RFLAGS) & x86.RFLAGS_TF
+
+
+def saved_flags(bench: Bench, vector: int) -> int:
+    size = {LabMode.REAL: 2, LabMode.PROTECTED: 4}.get(bench.mode, 8)
+    error_code = vector in x86.VECTORS_WITH_ERROR_CODE and bench.mode is not LabMode.REAL
+    rsp = bench.vm.get_register(0, Register.RSP)
+    at = rsp + (2 + error_code) * size
+    return int.from_bytes(bench.memory.read(at, size), "little")
+
+
+def test_a_step_reads_what_the_device_answered() -> None:
+    with prepared(b"\xe4\x10", LabMode.LONG) as bench:
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RAX) & 0xFF == 0x5A
+
+
+def test_a_hundred_steps_over_nops_and_ios_stop_at_each_instruction() -> None:
+    code = (b"\x90" + b"\xe6\x10" + b"\xff\xc0") * 33
+    with prepared(code, LabMode.LONG) as bench:
+        expected = CODE
+        for size in [1, 2, 2] * 33:
+            assert step(bench) == exits.Mtrap()
+            expected += size
+            assert bench.vm.get_register(0, Register.RIP) == expected
+
+
+def test_the_guest_runs_on_freely_when_stepping_is_switched_off() -> None:
+    with prepared(b"\x90" * 4 + b"\x9c", LabMode.LONG) as bench:
+        assert step(bench) == exits.Mtrap()
+        bench.vm.set_capability(0, Capability.MTRAP_EXIT, False)
+        assert bench.enter() == exits.Hlt(False)
+        pushed = bench.read_u64(bench.vm.get_register(0, Register.RSP))
+        assert not pushed & x86.RFLAGS_TF, "the trap flag survived the debugger"
+
+
+def test_a_step_onto_a_wanted_breakpoint_is_a_breakpoint() -> None:
+    requires("breakpoint")
+    with prepared(b"\x90\xcc", LabMode.LONG) as bench:
+        bench.vm.set_capability(0, Capability.BPT_EXIT, True)
+        assert step(bench) == exits.Mtrap()
+        assert step(bench) == exits.Bpt(1)
+        assert bench.vm.get_register(0, Register.RIP) == CODE + 1
+
+
+def test_a_step_leaves_no_byte_of_the_guest_changed() -> None:
+    with prepared(b"\x90" * 4, LabMode.LONG) as bench:
+        before = bench.memory.read(CODE, 0x10000)
+        for _ in range(4):
+            assert step(bench) == exits.Mtrap()
+            assert bench.memory.read(CODE, 0x10000) == before
+
+
+def test_a_vcpu_that_faults_while_another_steps_still_reaches_its_handler() -> None:
+    """The stepping vCPU's traps lie on the handlers that the other one uses all the time."""
+    # 1: ud2; jmp 1b, and a handler of #UD that counts and skips the ud2
+    fault_forever = b"\x0f\x0b\xeb\xfc"
+    handler = (
+        b"\x48\xff\x07" + b"\x48\x83\x04\x24\x02" + b"\x48\xcf"
+    )  # inc [rdi]; add [rsp],2; iretq
+    with Bench(fault_forever, cpus=2) as bench:
+        bench.write(0x30000, handler)
+        gate = struct.pack("<HHHHQ", 0x0000, KERNEL_CODE, 0x8E00, 0x0003, 0)
+        bench.write(IDT + 16 * 6, gate)
+        bench.write(0x40000, b"\x90" * 400)
+        bench.start(1)
+        bench.wait_runs(1)
+        bench.activate()
+        bench.vm.set_register(0, Register.RIP, 0x40000)
+        bench.vm.set_capability(0, Capability.MTRAP_EXIT, True)
+        for n in range(300):
+            assert step(bench) == exits.Mtrap()
+            assert bench.vm.get_register(0, Register.RIP) == 0x40001 + n
+        bench.wait_runs(1)
+        assert bench.memory.read(0x30000, len(handler)) == handler
