@@ -3,8 +3,9 @@
 There are two reasons to.  Some hosts cannot execute them: where KVM *emulates* ring 0, `int3` and
 `int n` end in an emulation failure.  And a single-step over some of them goes wrong on the others,
 because the step is made with the processor's trap flag: `int n`, `int3` and `syscall` clear it and
-run away into their handler, and `pushf` and `syscall` show it to the guest.  Executed here, each is
-exactly one instruction, and the guest cannot tell.
+run away into their handler, `pushf` and `syscall` show it to the guest, and `mov ss` and `sti` (on
+some processors) hold it off for an instruction.  Executed here, each is exactly one instruction,
+and the guest cannot tell.
 
 `INSTRUCTIONS` is the table.  To add one, write a function and its row.  Whatever is unusual (a task
 gate, a fault on the way, virtual-8086 mode) raises CannotComplete with nothing changed, and the
@@ -20,6 +21,9 @@ from dataclasses import dataclass
 from pyvmm import x86
 from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
 from pyvmm.x86 import CpuMode, linear_address
+
+
+SHADOW_MOV_SS, SHADOW_STI = 1, 2  # KVM_X86_SHADOW_INT_*, the kernel's numbers
 
 
 class CannotComplete(Exception):
@@ -39,6 +43,7 @@ class Cpu:
     write: Callable[[int, bytes], None]
     msr: Callable[[int], int]
     unmask_nmi: Callable[[], None]  # `iret` lets the next NMI in
+    shadow: Callable[[int], None]  # hold interrupts off for one instruction: SHADOW_*
 
     @property
     def mode(self) -> CpuMode:
@@ -160,6 +165,39 @@ def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     cpu.unmask_nmi()
 
 
+def _sti(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    if cpu.mode is CpuMode.V8086 or (cpu.mode is not CpuMode.REAL and cpu.cpl > 0):
+        raise CannotComplete("IOPL matters")
+    cpu.regs.rip += len(prefixes) + 1
+    if not cpu.regs.rflags & x86.RFLAGS_IF:
+        cpu.regs.rflags |= x86.RFLAGS_IF
+        cpu.shadow(SHADOW_STI)
+
+
+def _mov_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """mov ss, r16.  The processor holds debug traps off until after the next instruction."""
+    modrm = rest[1]
+    if modrm >> 3 & 7 != 2 or modrm >> 6 != 3:
+        raise CannotComplete("another segment register, or from memory")
+    number = modrm & 7
+    if prefixes[-1:] and prefixes[-1] & 0xF1 == 0x41:  # REX.B
+        number += 8
+    selector = getattr(cpu.regs, _REGISTERS[number]) & 0xFFFF
+    if cpu.mode is CpuMode.REAL:
+        cpu.sregs.ss.selector, cpu.sregs.ss.base = selector, selector << 4
+    elif cpu.mode is CpuMode.V8086 or selector & 3 != cpu.cpl:
+        raise CannotComplete("#GP, or virtual-8086 mode")
+    else:
+        cpu.sregs.ss = _return_stack_segment(cpu, selector, cpu.cpl)
+    cpu.regs.rip += len(prefixes) + 2
+    cpu.shadow(SHADOW_MOV_SS)
+
+
+_REGISTERS = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *(f"r{n}" for n in range(8, 16)),
+)
+
 _RFLAGS_LOADABLE = 0x3F7FD7
 
 
@@ -196,6 +234,8 @@ INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\x9c", _pushf),
     (b"\x0f\x05", _syscall),
     (b"\xcf", _iret),
+    (b"\xfb", _sti),
+    (b"\x8e", _mov_ss),
 )
 
 

@@ -263,7 +263,7 @@ class VM:
             vcpu.asleep = True
             if vcpu.debugged:
                 self._parked.notify_all()
-            while (vcpu.debugged or vcpu.halted) and not self._ended and not vcpu.nmi_wanted:
+            while not self._ended and (vcpu.debugged or (vcpu.halted and not vcpu.nmi_wanted)):
                 vcpu.wake.wait()
             vcpu.asleep = False
 
@@ -661,6 +661,7 @@ class VM:
             virtual.write,
             lambda index: handle.get_msrs([index])[0],
             lambda: _unmask_nmi(handle),
+            lambda shadow: _set_shadow(handle, shadow),
         )
 
     def write_state(self, vcpu: VcpuRecord, cpu: emulate.Cpu) -> None:
@@ -689,3 +690,10 @@ def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
         events.nmi.masked = 0
         events.flags = 0
         handle.set(events)
+
+
+def _set_shadow(handle: kvm.VcpuHandle, shadow: int) -> None:
+    events = handle.get(kvm.kvm_vcpu_events)
+    events.interrupt.shadow = shadow
+    events.flags = kvm.KVM_VCPUEVENT_VALID_SHADOW
+    handle.set(events)

@@ -210,6 +210,18 @@ class Bench(Lab):
             os.sched_yield()
         wait_until(lambda: self.counter(vcpu_id) != before, f"vCPU {vcpu_id} does not count")
 
+    def wait_handler(self, vector: int) -> None:
+        """Wait until vCPU 0 has halted in the handler of an exception, and leave it parked."""
+
+        def there() -> bool:
+            self.park()
+            found = self.delivered_vector() == vector
+            if not found:
+                self.vm.resume_cpu(0)
+            return found
+
+        wait_until(there, f"the handler of vector {vector} runs")
+
     def park(self, *vcpu_ids: int) -> None:
         """Suspend vCPUs (0 when none is named) and wait until they are parked."""
         for vcpu_id in vcpu_ids or (0,):

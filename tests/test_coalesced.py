@@ -1,4 +1,4 @@
-"""The reader of the coalesced ring, on a ring in plain memory that a test fills as the kernel does."""
+"""The reader of the coalesced ring, on a ring in plain memory that is filled as the kernel does."""
 
 from __future__ import annotations
 

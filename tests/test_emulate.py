@@ -55,6 +55,7 @@ class Fixture:
         self.sregs = kvm_sregs()
         self.regs = kvm_regs(rip=CODE, rsp=STACK, rflags=2 | IF)
         self.msrs: dict[int, int] = {}
+        self.nmis_unmasked: list[bool] = []
         self.long = mode in (x86.CpuMode.LONG, x86.CpuMode.COMPAT32, x86.CpuMode.COMPAT16)
         if mode is x86.CpuMode.REAL:
             self.regs.rip = 0x100
@@ -64,7 +65,12 @@ class Fixture:
         else:
             self._protected(mode, cpl)
         self.cpu = emulate.Cpu(
-            self.regs, self.sregs, self.memory.read, self.memory.write, self.msrs.__getitem__
+            self.regs,
+            self.sregs,
+            self.memory.read,
+            self.memory.write,
+            self.msrs.__getitem__,
+            lambda: self.nmis_unmasked.append(True),
         )
 
     def _protected(self, mode: x86.CpuMode, cpl: int) -> None:
@@ -421,7 +427,7 @@ def test_a_short_real_mode_vector_table_is_left_to_the_host() -> None:
     f = Fixture(REAL)
     f.sregs.idt.limit = 3 * 4 + 2
     assert left_alone(f, b"\xcc")
-    f.sregs.idt.limit = 3 * 4 + 3
+    f.cpu.sregs.idt.limit = 3 * 4 + 3
     assert f.run(b"\xcc")
 
 
@@ -532,6 +538,100 @@ def test_an_msr_that_cannot_be_read_leaves_everything_untouched() -> None:
     f = syscall_fixture()
     del f.msrs[x86.MSR_SYSCALL_MASK]
     assert left_alone(f, b"\x0f\x05")
+
+
+# --- iret ----------------------------------------------------------------------------------------
+
+IOPL = 3 << 12
+
+
+def put_frame(f: Fixture, size: int, *values: int) -> None:
+    """Put `values` on top of the stack, as if the last had been pushed first."""
+    base = 0 if f.cpu.mode is LONG else f.sregs.ss.base
+    f.memory.put(base + f.regs.rsp, b"".join(v.to_bytes(size, "little") for v in values))
+
+
+@pytest.mark.parametrize("mode", [LONG, PROTECTED, REAL])
+def test_iret_undoes_an_int3(mode: x86.CpuMode) -> None:
+    f = Fixture(mode)
+    f.regs.rflags |= 1
+    if mode is REAL:
+        f.memory.put(4 * 3, struct.pack("<HH", 0x1234, 0xF000))
+    else:
+        f.gate(3)
+    rip, before = f.regs.rip, (f.regs.rsp, f.regs.rflags, f.sregs.cs.selector, f.sregs.cs.base)
+    assert f.run(b"\xcc")
+    assert f.run(b"\x48\xcf" if mode is LONG else b"\xcf")
+    regs, cs = f.cpu.regs, f.cpu.sregs.cs
+    assert (regs.rsp, regs.rflags, cs.selector, cs.base) == before
+    assert regs.rip == rip + 1
+    assert f.nmis_unmasked == [True]
+
+
+@pytest.mark.parametrize("mode", [LONG, PROTECTED])
+def test_iret_to_a_user_program_loads_its_stack_and_takes_the_kernel_s_segments_away(
+    mode: x86.CpuMode,
+) -> None:
+    f = Fixture(mode)
+    f.sregs.ds = x86.flat_segment(DATA, code=False)
+    f.sregs.es = x86.flat_segment(USER_DATA | 3, code=False, dpl=3)
+    put_frame(f, 8 if mode is LONG else 4, 0x1234, USER_CODE | 3, 2 | IF, 0x7000, USER_DATA | 3)
+    assert f.run(b"\x48\xcf" if mode is LONG else b"\xcf")
+    assert (f.cpu.regs.rip, f.cpu.regs.rsp, f.cpu.regs.rflags) == (0x1234, 0x7000, 2 | IF)
+    assert f.cpu.cpl == 3
+    assert f.cpu.sregs.cs.selector == USER_CODE | 3
+    assert f.cpu.sregs.ds.unusable and f.cpu.sregs.ds.selector == 0
+    assert f.cpu.sregs.es.selector == USER_DATA | 3
+
+
+def test_a_user_program_s_iret_changes_neither_if_nor_iopl() -> None:
+    f = Fixture(LONG, cpl=3)
+    put_frame(f, 8, 0x1234, USER_CODE | 3, 2 | IOPL | 1, 0x7000, USER_DATA | 3)
+    before = f.snapshot()
+    if f.run(b"\x48\xcf"):  # leaving it to the host is fine as well
+        assert f.cpu.regs.rflags == 2 | IF | 1
+    else:
+        assert f.snapshot() == before
+
+
+def test_iretq_does_not_load_the_virtual_8086_flag() -> None:
+    f = Fixture(LONG)
+    put_frame(f, 8, 0x1234, CODE64, 2 | x86.RFLAGS_VM, 0x7000, DATA)
+    before = f.snapshot()
+    if f.run(b"\x48\xcf"):
+        assert f.cpu.regs.rflags == 2
+    else:
+        assert f.snapshot() == before
+
+
+def test_iret_works_where_the_stack_ends_behind_the_frame() -> None:
+    f = Fixture(PROTECTED)
+    f.memory.unmapped = range(STACK + 12, STACK + 0x1000)
+    put_frame(f, 4, 0x1234, CODE32, 2)
+    assert f.run(b"\xcf")
+    assert (f.cpu.regs.rip, f.cpu.regs.rsp) == (0x1234, STACK + 12)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pytest.param((0x1234, 0, 2, 0x7000, DATA), id="null CS"),
+        pytest.param((0x1234, DATA, 2, 0x7000, DATA), id="CS is data"),
+        pytest.param((0x1234, NOT_PRESENT, 2, 0x7000, DATA), id="CS not present"),
+        pytest.param((0x1234, USER_CODE, 2, 0x7000, DATA), id="CS of another privilege"),
+        pytest.param((0x1234, USER_CODE | 3, 2, 0x7000, DATA), id="SS of another privilege"),
+        pytest.param((0x1234, USER_CODE | 3, 2, 0x7000, USER_CODE | 3), id="SS is code"),
+        pytest.param((0x1234, USER_CODE | 3, 2, 0x7000, 0), id="null SS at CPL 3"),
+    ],
+)
+@pytest.mark.parametrize("mode", [LONG, PROTECTED])
+def test_an_iret_that_faults_leaves_everything_untouched(
+    mode: x86.CpuMode, frame: tuple[int, ...]
+) -> None:
+    f = Fixture(mode)
+    put_frame(f, 8 if mode is LONG else 4, *frame)
+    assert left_alone(f, b"\x48\xcf" if mode is LONG else b"\xcf")
+    assert f.nmis_unmasked == []
 
 
 # --- fetch ---------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_golden_values_are_those_of_the_kernel_header(header: dict[str, int]) ->
 
 
 def test_golden_values_cover_every_name() -> None:
-    assert ours().keys() - golden().keys() == set(), "python3 -m tests.test_kvm_abi makes them again"
+    assert ours().keys() - golden().keys() == set(), "run python3 -m tests.test_kvm_abi"
     assert golden().keys() - ours().keys() == set()
 
 
