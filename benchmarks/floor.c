@@ -200,11 +200,11 @@ static void *run_until_suspended(void *argument)
         while (sigtimedwait(&kick, NULL, &zero) > 0)
             ;
         pthread_mutex_lock(&lock);
-        parked = 1;
-        pthread_cond_broadcast(&changed);
-        while (suspended && !ended)
+        while (suspended && !ended) {
+            parked = 1; /* each time: it may be suspended again before it has woken */
+            pthread_cond_broadcast(&changed);
             pthread_cond_wait(&changed, &lock);
-        parked = 0;
+        }
         pthread_mutex_unlock(&lock);
         if (ended)
             return NULL;

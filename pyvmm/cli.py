@@ -16,6 +16,7 @@ from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
 
 if TYPE_CHECKING:
+    from pyvmm.debug import Address, DebugServer
     from pyvmm.trace import Tracer
 
 EPILOG = """\
@@ -33,6 +34,7 @@ examples:
   pyvmm guests/hello16.bin --mode real      run a boot sector
   pyvmm kernel.elf -m 256M --timeout 10     run a static ELF file, ten seconds at most
   pyvmm guests/hello.bin --trace            show every exit
+  pyvmm guests/loops.bin --gdb 1234         debug it: gdb -ex 'target remote :1234'
   pyvmm --probe                             what this host's KVM can do
 """
 
@@ -132,6 +134,18 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=_seconds, metavar="SECONDS", help="end with status 124 after so long"
     )
     running.add_argument("--trace", action="store_true", help="print each exit on stderr")
+    debugger = parser.add_argument_group("debugger")
+    debugger.add_argument(
+        "--gdb", type=_gdb_address, metavar="ADDRESS",
+        help="wait for gdb or lldb before the first instruction, at PORT (of 127.0.0.1; 0: a free "
+        "one), HOST:PORT, unix:PATH, or stdio",
+    )  # fmt: skip
+    debugger.add_argument(
+        "--gdb-nowait", action="store_true", help="let the guest run; a debugger attaches any time"
+    )
+    debugger.add_argument(
+        "--gdb-catch-int3", action="store_true", help="stop at the guest's own int3, too"
+    )
     host = parser.add_argument_group("host")
     host.add_argument(
         "--device", default="/dev/kvm", metavar="PATH", help="KVM's device (/dev/kvm)"
@@ -188,6 +202,15 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _gdb_address(text: str) -> Address:
+    from pyvmm.debug import parse_address
+
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 # --- what it does ------------------------------------------------------------------------------
 
 
@@ -201,7 +224,9 @@ def _probe(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     mode = Mode(arguments.mode) if arguments.mode else None
     image = read_image(arguments.image, mode=mode, load=arguments.load, entry=arguments.entry)
-    output = Output(sys.stdout.fileno())
+    # With the debugger on stdin and stdout, the guest's output goes to stderr.
+    stdio = str(arguments.gdb) == "stdio"
+    output = Output(2 if stdio else 1)
     try:
         with Machine(
             image,
@@ -213,10 +238,42 @@ def _run(arguments: argparse.Namespace) -> int:
         ) as machine:
             machine.on_end(output.stop)
             tracer = _trace(machine) if arguments.trace else None
-            stop, signal_number = _run_until_signal(machine, arguments.timeout)
-            return _report(machine, stop, signal_number, tracer)
+            server = _debug_server(machine, arguments) if arguments.gdb else None
+            try:
+                stop, signal_number = _run_until_signal(machine, arguments.timeout, not stdio)
+                status = _report(machine, stop, signal_number, tracer)
+                if server is not None:
+                    server.finish(status)
+                return status
+            finally:
+                if server is not None:
+                    server.close()
     finally:
         output.close()
+
+
+def _debug_server(machine: Machine, arguments: argparse.Namespace) -> DebugServer:
+    from pyvmm.debug import DebugServer
+
+    server = DebugServer(
+        machine,
+        arguments.gdb,
+        wait=not arguments.gdb_nowait,
+        symbols=_symbols(arguments.image),
+        catch_int3=arguments.gdb_catch_int3,
+    )
+    print(f"gdb: listening on {server.address}", file=sys.stderr, flush=True)
+    return server
+
+
+def _symbols(image: str) -> str | None:
+    """The ELF file with the image's symbols: itself, or the .elf beside a .bin."""
+    path = os.path.realpath(image)
+    with open(path, "rb") as file:
+        if file.read(4) == b"\x7fELF":
+            return path
+    beside = os.path.splitext(path)[0] + ".elf"
+    return beside if os.path.isfile(beside) else None
 
 
 def _trace(machine: Machine) -> Tracer:
@@ -227,7 +284,9 @@ def _trace(machine: Machine) -> Tracer:
     return tracer
 
 
-def _run_until_signal(machine: Machine, timeout: float | None) -> tuple[Stop, int | None]:
+def _run_until_signal(
+    machine: Machine, timeout: float | None, keyboard: bool
+) -> tuple[Stop, int | None]:
     """Run with keystrokes going to the guest; the signal that ended it, if one did."""
     received: list[int] = []
 
@@ -237,9 +296,9 @@ def _run_until_signal(machine: Machine, timeout: float | None) -> tuple[Stop, in
 
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with RawTerminal(sys.stdin.fileno() if sys.stdin else -1):
-            if sys.stdin:
-                machine.connect_input(sys.stdin.fileno())
+        with RawTerminal(0 if keyboard else -1):
+            if keyboard and sys.stdin is not None:
+                machine.connect_input(0)
             stop = machine.run(timeout)
     finally:
         for number, handler in previous.items():

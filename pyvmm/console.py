@@ -59,7 +59,7 @@ class RawTerminal:
         self._saved: list[object] | None = None
 
     def __enter__(self) -> RawTerminal:
-        if os.isatty(self._fd) and os.tcgetpgrp(self._fd) == os.getpgrp():
+        if self._fd >= 0 and os.isatty(self._fd) and os.tcgetpgrp(self._fd) == os.getpgrp():
             self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd, termios.TCSADRAIN)
         return self

@@ -12,33 +12,73 @@ from typing import Any
 from pyvmm import x86
 from pyvmm.kvm import VcpuHandle, kvm_debugregs, kvm_regs, kvm_sregs
 
-_GENERAL = (
-    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
-    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
-    *("rip", "rflags"),
-)
-_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
-_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
-_ROWS: dict[str, tuple[Any, ...]] = {
-    **{name.upper(): (kvm_regs, name) for name in _GENERAL},
-    **{name.upper(): (kvm_sregs, name) for name in _CONTROL},
-    **{name.upper(): (kvm_sregs, name, "selector") for name in _SEGMENTS},
-    **{f"{name.upper()}_BASE": (kvm_sregs, name, "base") for name in _SEGMENTS},
-    **{f"{name.upper()}_LIMIT": (kvm_sregs, name, "limit") for name in _SEGMENTS},
-    **{f"{name.upper()}_BASE": (kvm_sregs, name, "base") for name in ("gdt", "idt")},
-    **{f"{name.upper()}_LIMIT": (kvm_sregs, name, "limit") for name in ("gdt", "idt")},
-    **{f"DR{n}": (kvm_debugregs, "db", n) for n in range(4)},
-    "DR6": (kvm_debugregs, "dr6"),
-    "DR7": (kvm_debugregs, "dr7"),
-    "KERNEL_GS_BASE": ("msr", x86.MSR_KERNEL_GS_BASE),
-    # How many bytes behind RIP a re-injected #BP returns to (run-control: the VM-entry
+class Register(Enum):
+    """A register of a vCPU.  Selectors are CS, SS, ...; the rest of a segment CS_BASE and so on."""
+
+    RAX = (kvm_regs, "rax")
+    RBX = (kvm_regs, "rbx")
+    RCX = (kvm_regs, "rcx")
+    RDX = (kvm_regs, "rdx")
+    RSI = (kvm_regs, "rsi")
+    RDI = (kvm_regs, "rdi")
+    RBP = (kvm_regs, "rbp")
+    RSP = (kvm_regs, "rsp")
+    R8 = (kvm_regs, "r8")
+    R9 = (kvm_regs, "r9")
+    R10 = (kvm_regs, "r10")
+    R11 = (kvm_regs, "r11")
+    R12 = (kvm_regs, "r12")
+    R13 = (kvm_regs, "r13")
+    R14 = (kvm_regs, "r14")
+    R15 = (kvm_regs, "r15")
+    RIP = (kvm_regs, "rip")
+    RFLAGS = (kvm_regs, "rflags")
+    CR0 = (kvm_sregs, "cr0")
+    CR2 = (kvm_sregs, "cr2")
+    CR3 = (kvm_sregs, "cr3")
+    CR4 = (kvm_sregs, "cr4")
+    CR8 = (kvm_sregs, "cr8")
+    EFER = (kvm_sregs, "efer")
+    APIC_BASE = (kvm_sregs, "apic_base")
+    CS = (kvm_sregs, "cs", "selector")
+    CS_BASE = (kvm_sregs, "cs", "base")
+    CS_LIMIT = (kvm_sregs, "cs", "limit")
+    SS = (kvm_sregs, "ss", "selector")
+    SS_BASE = (kvm_sregs, "ss", "base")
+    SS_LIMIT = (kvm_sregs, "ss", "limit")
+    DS = (kvm_sregs, "ds", "selector")
+    DS_BASE = (kvm_sregs, "ds", "base")
+    DS_LIMIT = (kvm_sregs, "ds", "limit")
+    ES = (kvm_sregs, "es", "selector")
+    ES_BASE = (kvm_sregs, "es", "base")
+    ES_LIMIT = (kvm_sregs, "es", "limit")
+    FS = (kvm_sregs, "fs", "selector")
+    FS_BASE = (kvm_sregs, "fs", "base")
+    FS_LIMIT = (kvm_sregs, "fs", "limit")
+    GS = (kvm_sregs, "gs", "selector")
+    GS_BASE = (kvm_sregs, "gs", "base")
+    GS_LIMIT = (kvm_sregs, "gs", "limit")
+    TR = (kvm_sregs, "tr", "selector")
+    TR_BASE = (kvm_sregs, "tr", "base")
+    TR_LIMIT = (kvm_sregs, "tr", "limit")
+    LDT = (kvm_sregs, "ldt", "selector")
+    LDT_BASE = (kvm_sregs, "ldt", "base")
+    LDT_LIMIT = (kvm_sregs, "ldt", "limit")
+    GDT_BASE = (kvm_sregs, "gdt", "base")
+    GDT_LIMIT = (kvm_sregs, "gdt", "limit")
+    IDT_BASE = (kvm_sregs, "idt", "base")
+    IDT_LIMIT = (kvm_sregs, "idt", "limit")
+    DR0 = (kvm_debugregs, "db", 0)
+    DR1 = (kvm_debugregs, "db", 1)
+    DR2 = (kvm_debugregs, "db", 2)
+    DR3 = (kvm_debugregs, "db", 3)
+    DR6 = (kvm_debugregs, "dr6")
+    DR7 = (kvm_debugregs, "dr7")
+    KERNEL_GS_BASE = ("msr", x86.MSR_KERNEL_GS_BASE)
+    # How many bytes behind RIP a re-injected #BP returns to (run control: the VM-entry
     # instruction-length field).  It exists only in the hypervisor layer.
-    "GUEST_ENTRY_INST_LENGTH": ("pseudo",),
-}
-
-Register = Enum("Register", _ROWS)  # type: ignore[misc]
-Register.__doc__ = "A register of a vCPU.  Selectors are CS, SS, ...; CR0, CS_BASE, DR6 and so on."
+    GUEST_ENTRY_INST_LENGTH = ("pseudo",)
 
 
 def get(vcpu: VcpuHandle, register: Register) -> int:

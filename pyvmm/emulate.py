@@ -22,7 +22,6 @@ from pyvmm import x86
 from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
 from pyvmm.x86 import CpuMode, linear_address
 
-
 SHADOW_MOV_SS, SHADOW_STI = 1, 2  # KVM_X86_SHADOW_INT_*, the kernel's numbers
 
 
@@ -332,7 +331,7 @@ def _deliver_protected(cpu: Cpu, vector: int) -> None:
     target = _load_code_segment(cpu, gate >> 16 & 0xFFFF)
     old, old_cs, old_ss = cpu.regs, cpu.sregs.cs.selector, cpu.sregs.ss.selector
     size = 2 if kind in (x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16) else 4
-    frame = (old.rflags, old_cs, old.rip)
+    frame: tuple[int, ...] = (old.rflags, old_cs, old.rip)
     if target.dpl != cpu.cpl:
         if cpu.sregs.tr.type | 2 != x86.TYPE_TSS32_BUSY:
             raise CannotComplete("a 16-bit TSS")

@@ -57,6 +57,13 @@ class HostProbe:
         return self._intercepts(LabMode.LONG, _INT3)
 
     @functools.cached_property
+    def breakpoint_as_such(self) -> bool:
+        """The same, and as a debug exit: not by way of a failed emulation."""
+        with self._lab(LabMode.LONG, _INT3) as lab:
+            lab.cpu.set_guest_debug(_ENABLE | _SW_BP)
+            return lab.run() == kvm.KVM_EXIT_DEBUG
+
+    @functools.cached_property
     def breakpoint_user(self) -> bool:
         """int3 at CPL 3 leaves the guest."""
         return self._intercepts(LabMode.USER, _INT3)
@@ -275,7 +282,7 @@ FINDINGS = (
     ),
     Finding(
         "breakpoint", "software breakpoints, CPL 0", lambda h: h.breakpoint,
-        "break works in kernels", "break fails: use hbreak",
+        "break works in kernels", "int3 stays in the guest: the debugger plants hlt instead",
     ),
     Finding(
         "breakpoint-user", "software breakpoints, CPL 3", lambda h: h.breakpoint_user,
@@ -344,7 +351,7 @@ FINDINGS = (
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def host(device: str = "/dev/kvm") -> HostProbe:
     """The findings about this host, shared by all VMs of the process."""
     return HostProbe(device)

@@ -26,6 +26,7 @@ kick.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import signal
@@ -75,6 +76,7 @@ class VM:
         self.memory = GuestMemory(self.handle)
         self._stepper = Stepper(self.memory)
         self.irqchip = False
+        self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
         self._lock = threading.Lock()
         self._vcpus: dict[int, VcpuRecord] = {}
@@ -85,7 +87,7 @@ class VM:
         self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
-            self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, kvm.c_uint64(_IDENTITY_MAP_GPA))
+            self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(_IDENTITY_MAP_GPA))
         except OSError:
             self.close()
             raise
@@ -242,6 +244,14 @@ class VM:
                 vcpu.update_attention()
                 vcpu.wake.notify_all()
 
+    def hold_newcomers(self, hold: bool) -> None:
+        """Whether a vCPU that is activated from now on is debugged from the start.
+
+        suspend_cpu(ALL) implies it and resume_cpu(ALL) the opposite; for whoever resumes some.
+        """
+        with self._lock:
+            self._all_suspended = hold
+
     def wait_parked(self, vcpu_ids: Iterable[int], timeout: float | None = None) -> frozenset[int]:
         """Wait until each of `vcpu_ids` that is debugged is parked, or the VM has ended.
 
@@ -266,6 +276,11 @@ class VM:
             while not self._ended and (vcpu.debugged or (vcpu.halted and not vcpu.nmi_wanted)):
                 vcpu.wake.wait()
             vcpu.asleep = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether end() was called."""
+        return self._ended
 
     def end(self) -> None:
         """End the VM: every vm.run() returns Ended from now on, also of debugged vCPUs."""
@@ -305,6 +320,31 @@ class VM:
         with self._lock:
             vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
             self._changed(vcpu)
+
+    def breakpoint_instruction(self, vcpu_id: int) -> int:
+        """The one-byte instruction that leaves the guest, to plant as a breakpoint.
+
+        int3 where it does so as such; else hlt, which works at CPL 0 on every host (also where
+        an int3 leaves only through a failed emulation, which takes KVM a hundred times as long).
+        The hlt must be in `hlt_traps`, by its GPA: its exits are Bpt exits then.
+        Raises VmError (ENOTSUP) where neither works.
+        """
+        sregs = self.state(vcpu_id).get(kvm.kvm_sregs)
+        real = x86.cpu_mode(sregs) is x86.CpuMode.REAL
+        int3_exits = self.host.breakpoint_real if real else self.host.breakpoint_as_such
+        if int3_exits:
+            return 0xCC
+        if sregs.ss.dpl == 3 and not real:
+            raise VmError(errno.ENOTSUP, "this host cannot stop at breakpoints in ring 3")
+        if not self.irqchip:
+            return 0xF4
+        if self.host.breakpoint and not real:
+            return 0xCC
+        raise VmError(errno.ENOTSUP, "this host has no breakpoint instruction: use hbreak")
+
+    def vcpu_ids(self) -> list[int]:
+        """The ids of all vCPUs, in order."""
+        return sorted(self._vcpus)
 
     def get_capability(self, vcpu_id: int, capability: Capability) -> bool:
         """Whether a capability is on.  Raises VmError: EINVAL no such vCPU, ENOENT unknown."""
@@ -434,6 +474,10 @@ class VM:
                 raise VmError(errno.EBUSY, f"vCPU {vcpu_id} is running: suspend it first")
         return vcpu
 
+    def wake_halted(self, vcpu_id: int) -> None:
+        """A halted vCPU runs on behind its `hlt` from its next entry on."""
+        self._unhalt(self._record(vcpu_id))
+
     def _unhalt(self, vcpu: VcpuRecord) -> None:
         with self._lock:
             vcpu.halted = False
@@ -550,8 +594,10 @@ class VM:
         return exits.Mmio(mmio.phys_addr, length, False, b"")
 
     def _hlt_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        if self._stepper.used and self._stepper.stray_hlt(self, vcpu):
-            return None
+        if self.hlt_traps or self._stepper.used:
+            trapped, exit = self._stepper.not_the_guests_hlt(self, vcpu)
+            if trapped:
+                return exit
         if Capability.MTRAP_EXIT in vcpu.wanted:
             return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
         with self._lock:
@@ -663,6 +709,12 @@ class VM:
             lambda: _unmask_nmi(handle),
             lambda shadow: _set_shadow(handle, shadow),
         )
+
+    def execute_in_software(self, vcpu_id: int) -> bool:
+        """Execute the instruction at RIP if it is one of emulate.py's.  Raises as get_register()."""
+        vcpu = self._accessible(vcpu_id)
+        cpu = self.copy_state(vcpu)
+        return self.complete_in_software(vcpu, cpu, cpu.fetch())
 
     def write_state(self, vcpu: VcpuRecord, cpu: emulate.Cpu) -> None:
         """Make a changed copy the vCPU's state."""

@@ -714,8 +714,8 @@ def run(vcpu_fd: int) -> bool:
     raise KvmError(number, f"KVM_RUN: {os.strerror(number)}")
 
 
-@functools.lru_cache(maxsize=None)
-def flexible(header: type, entry: type, count: int) -> Any:
+@functools.cache
+def flexible(header: type, entry: Any, count: int) -> Any:
     """A struct of `header` followed by `count` times `entry`, for the kernel's flexible arrays."""
     fields = [("header", header), ("entries", entry * count)]
     # A kvm_signal_mask's sigset follows its header without padding; elsewhere _pack_ changes nothing.

@@ -144,7 +144,7 @@ class Lab:
     @property
     def rip(self) -> int:
         """The instruction pointer."""
-        return self.cpu.get(kvm.kvm_regs).rip
+        return int(self.cpu.get(kvm.kvm_regs).rip)
 
     def delivered_vector(self) -> int | None:
         """Which exception's handler the guest has halted in, if any."""

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pyvmm import exits, kvm, vcpu
 from pyvmm.boot import Image, check_fits, read_image
@@ -31,6 +32,9 @@ from pyvmm.devices.debugexit import DEBUG_EXIT_PORT, DebugExit
 from pyvmm.devices.serial import COM1_PORT, Serial
 from pyvmm.hypervisor import ALL, VM
 from pyvmm.stop import Stop, StopReason
+
+if TYPE_CHECKING:
+    from pyvmm.debug import DebugServer
 
 DEFAULT_MEMORY = 64 << 20  # bytes
 MIN_MEMORY = 1 << 20
@@ -81,6 +85,7 @@ class Machine:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._input: tuple[int, Serial] | None = None
         self._at_end: list[Callable[[], None]] = []
+        self.debug_server: DebugServer | None = None  # set by a debug server that is attached to us
         try:
             self.vm = VM(device=device)
         except OSError:
@@ -142,7 +147,11 @@ class Machine:
                 thread.handlers = self._handlers_now(limiter)
             if not self.threads:
                 self._start_threads(limiter)
-            self.vm.resume_cpu(ALL)
+            if self.debug_server is None:
+                self.vm.resume_cpu(ALL)
+            else:  # which vCPUs run is the debugger's affair
+                self.debug_server.start()
+                self.debug_server.let_run()
             stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
             if stop is not None:
                 self.vm.suspend_cpu(ALL)
@@ -228,6 +237,11 @@ class Machine:
             callback()
         self.wake()
 
+    @property
+    def ended(self) -> Stop | None:
+        """How the VM ended; None while it has not."""
+        return self._stop
+
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback`, on any thread, when the VM ends: what makes a vCPU wait must let go."""
         self._at_end.append(callback)
@@ -294,7 +308,7 @@ class Machine:
     def registers(self, vcpu_id: int = 0) -> dict[str, int]:
         """The general registers, RIP and RFLAGS of a vCPU, by lower-case name."""
         regs = self.vm.state(vcpu_id).get(kvm.kvm_regs)
-        return {name: getattr(regs, name) for name, _ in kvm.kvm_regs._fields_}
+        return {field[0]: getattr(regs, field[0]) for field in kvm.kvm_regs._fields_}
 
     def get_register(self, name: str, vcpu_id: int = 0) -> int:
         """A register by name ("rip", "cr3", "cs_base"): see cpustate.Register.  KeyError if none."""

@@ -11,7 +11,30 @@ _GENERAL = (
     ("r8", "r9", "r10", "r11"),
     ("r12", "r13", "r14", "r15"),
 )
-_FLAGS = "CF,,PF,,AF,,ZF,SF,TF,IF,DF,OF,,,NT,,RF,VM,AC,VIF,VIP,ID".split(",")
+_FLAGS = [
+    "CF",
+    "",
+    "PF",
+    "",
+    "AF",
+    "",
+    "ZF",
+    "SF",
+    "TF",
+    "IF",
+    "DF",
+    "OF",
+    "",
+    "",
+    "NT",
+    "",
+    "RF",
+    "VM",
+    "AC",
+    "VIF",
+    "VIP",
+    "ID",
+]
 _BYTES_SHOWN = 16
 
 

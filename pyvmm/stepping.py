@@ -50,6 +50,8 @@ class Stepper:
         length = x86.int3_length(code, cpu.mode)
         if length is not None and Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
+        if code[:1] == b"\xf4" and _at_breakpoint(vm, cpu):
+            return exits.Bpt(1)
         if vm.complete_in_software(vcpu, cpu, code):
             return exits.Mtrap()
         self.used = True
@@ -77,18 +79,32 @@ class Stepper:
         """Whether the instruction of the step is over now that its I/O is finished."""
         return not _repeated_out(vcpu, vm.copy_state(vcpu))
 
-    def stray_hlt(self, vm: VM, vcpu: VcpuRecord) -> bool:
-        """Whether a `hlt` exit of a vCPU that does not step came from a trap planted for another.
+    def not_the_guests_hlt(self, vm: VM, vcpu: VcpuRecord) -> tuple[bool, exits.Exit | None]:
+        """Whether a `hlt` that a vCPU left with was planted by us, and the exit to report for it.
 
-        Then its RIP is put back, to be entered again when the other one's step is over.
+        It can be a debugger's breakpoint (a Bpt exit), or a trap planted for another vCPU's step,
+        or either of them just taken out again: then there is nothing to report, and the guest's
+        instruction is executed instead.
         """
-        with self._lock:  # until the step is over and the guest's bytes are back
+        with self._lock:  # until another's step is over and the guest's bytes are back
             cpu = vm.copy_state(vcpu)
             cpu.regs.rip -= 1
-            if cpu.fetch(1) == b"\xf4":
-                return False
+            breakpoint = _at_breakpoint(vm, cpu)
+            if not breakpoint and cpu.fetch(1) == b"\xf4":
+                return False, None
             vcpu.handle.set(cpu.regs)
-            return True
+            return True, exits.Bpt(1) if breakpoint else None
+
+
+def _at_breakpoint(vm: VM, cpu: emulate.Cpu) -> bool:
+    """Whether a debugger has planted `hlt` at RIP."""
+    if not vm.hlt_traps:
+        return False
+    gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
+    try:
+        return VirtualMemory(vm.memory, cpu.sregs).translate(gva) in vm.hlt_traps
+    except Exception:  # not mapped
+        return False
 
 
 def _forget_single_step(vcpu: VcpuRecord) -> None:

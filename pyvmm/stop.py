@@ -18,6 +18,7 @@ class StopReason(Enum):
     FAILED = "the host or the VMM failed"
     TIMEOUT = "the time limit was reached"
     EXIT_LIMIT = "the limit of exits was reached"
+    KILLED = "the debugger ended the VM"
     INTERRUPTED = "somebody called Machine.interrupt()"
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from pyvmm import exits, kvm
 
-
 KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
 
 
@@ -27,6 +26,7 @@ class VmError(OSError):
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(number, message)
+        self.message = message
 
 
 class Capability(Enum):

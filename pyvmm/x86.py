@@ -113,7 +113,7 @@ def descriptor(segment: kvm_segment) -> int:
     limit = segment.limit >> 12 if segment.g else segment.limit
     access = segment.type | segment.s << 4 | segment.dpl << 5 | segment.present << 7
     flags = segment.avl | segment.l << 1 | segment.db << 2 | segment.g << 3
-    return (
+    return int(
         (limit & 0xFFFF)
         | (segment.base & 0xFFFFFF) << 16
         | access << 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def ours(names: set[str]) -> set[str]:
     return found
 
 
+@functools.lru_cache
 def graph() -> dict[str, set[str]]:
     return {module: ours(imports(module, lazy=False)) for module in SOURCES}
 

@@ -1,0 +1,388 @@
+"""The debug server: a socket, one debugger at a time, and the stub between it and run control.
+
+    server = DebugServer(machine, parse_address("127.0.0.1:1234"), wait=True)
+    machine.run()               # waits until a debugger continues the guest
+
+One thread, `gdb`, waits for whatever comes first: a debugger that connects, bytes from it, or the
+wake-up of a vCPU that has claimed a stop.  It never waits for a debugger that does not read: what
+cannot be sent at once is kept, and reading pauses until it is gone.
+
+    no debugger --connect--> connected --bytes--> packets --> Stub --> MachineTarget --> RunControl
+         ^                       |  <--stop reply-- (all vCPUs parked) <-- a vCPU's event
+         +-- gone, D, k ---------+
+
+A debugger that goes away, politely or not, leaves the guest running as if nobody had been there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyvmm.debugtarget import MachineTarget
+from pyvmm.rsp import Event, Link, Packet
+from pyvmm.runcontrol import RunControl
+from pyvmm.session import Phase
+from pyvmm.stop import Stop, StopReason
+from pyvmm.stub import Stub
+from pyvmm.target import SIGABRT, SIGSEGV, StopKind, StopReport
+
+if TYPE_CHECKING:
+    from pyvmm.machine import Machine
+
+DEFAULT_HOST = "127.0.0.1"
+
+_CHUNK = 1 << 18  # bytes to receive at a time: a whole packet of the largest size
+_STOP_SECONDS = 5.0  # how long a stop may take before the user is told which vCPU is late
+_JOIN_SECONDS = 15.0
+
+
+class Address(NamedTuple):
+    """Where to listen: TCP (`host`, `port`), a Unix socket (`path`), or stdin and stdout."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        if not self.host:
+            return "stdio"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """`PORT`, `HOST:PORT`, `unix:PATH` or `stdio`.  Raises ValueError with what to write instead."""
+    if text == "stdio":
+        return Address()
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path or "\0" in path or len(os.fsencode(path)) > 107:
+            raise ValueError(f"{text!r}: a Unix socket needs a path of 1 to 107 bytes")
+        return Address(path=path)
+    host, colon, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ValueError(f"{text!r} is no address: write PORT, HOST:PORT, unix:PATH or stdio")
+    return Address(host=host.strip("[]") or DEFAULT_HOST, port=int(port))
+
+
+class DebugServer:
+    """Serves debuggers until the VM ends."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        address: Address,
+        *,
+        wait: bool = True,
+        symbols: str | None = None,
+        catch_int3: bool = False,
+    ) -> None:
+        """Listen at `address`; a machine that is run waits for a debugger if `wait`.
+
+        Must be made before the machine is run.  Raises OSError when the address cannot be used.
+        """
+        self.machine = machine
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._listener: socket.socket | None = None
+        self._connection: Connection | None = None
+        self._finished = threading.Event()
+        self._final: StopReport | None = None  # how the VM ended
+        self._kill_wanted = False
+        self.run_control = RunControl(machine.vm, self._wake_up)
+        self.target = MachineTarget(machine, self.run_control, symbols, self._kill)
+        self._catch_int3 = catch_int3
+        try:
+            if str(address) != "stdio":
+                self._listener = _listen(address)
+                self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        except OSError:
+            self._selector.close()
+            os.close(self._wake)
+            raise
+        self._address = address
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        if wait:
+            self.run_control.hold()
+        self._wait = wait
+        machine.handlers.update(self.run_control.handlers())
+        machine.debug_server = self
+        machine.on_end(self._wake_up)
+        self._thread = threading.Thread(target=self._serve, name="gdb", daemon=True)
+
+    @property
+    def address(self) -> Address:
+        """Where it listens, with the port that was found when 0 was asked for."""
+        if self._listener is not None and self._address.host:
+            host, port = self._listener.getsockname()[:2]
+            return Address(host=host, port=port)
+        return self._address
+
+    def start(self) -> None:
+        """Begin to serve.  machine.run() calls it when its vCPUs are active."""
+        if self._thread.ident is None:
+            if self._catch_int3:
+                self.run_control.breakpoints.catch_int3 = True
+            if self._address == Address():
+                self._connect(_StdioSocket())
+            self._thread.start()
+
+    def let_run(self) -> None:
+        """Resume what may run when machine.run() begins or goes on after a limit."""
+        self.run_control.let_run()
+
+    def finish(self, status: int) -> None:
+        """The VM is over, with this exit status: tell the debugger and stop serving."""
+        stop = self.machine.ended
+        if stop is not None and stop.reason is StopReason.CRASHED:
+            self._final = StopReport(0, _crash_signal(stop), StopKind.SIGNALLED)
+        else:
+            self._final = StopReport(0, kind=StopKind.EXITED, status=status)
+        self.close()
+
+    def close(self) -> None:
+        """Stop serving; close all descriptors.  Closing again does nothing."""
+        if self._wake < 0:
+            return
+        self._finished.set()
+        self._wake_up()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_SECONDS)
+            if self._thread.is_alive():
+                raise RuntimeError("the gdb thread did not stop")
+        if self._connection is not None:
+            self._connection.socket.close()
+        if self._listener is not None:
+            self._listener.close()
+            if self._address.path:
+                os.unlink(self._address.path)
+        self._selector.close()
+        os.close(self._wake)
+        self._wake = -1
+
+    # --- the gdb thread --------------------------------------------------------------------------
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def _serve(self) -> None:
+        try:
+            while not self._finished.is_set():
+                for key, _ in self._selector.select():
+                    key.data()
+                self._after_events()
+            self._say_goodbye()
+        except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
+            self.machine.fail(-1, error)
+
+    def _on_wake(self) -> None:
+        os.eventfd_read(self._wake)
+
+    def _after_events(self) -> None:
+        """What any event may have made possible: a stop to report, an end to act on."""
+        connection = self._connection
+        if connection is not None and connection.stub.owes_reply:
+            report = self.run_control.stop
+            if report is not None and self._stop_is_complete():
+                connection.send_reply(connection.stub.stop_reply(report))
+        if self._kill_wanted and (connection is None or connection.flush()):
+            self._kill_wanted = False
+            self.machine.stop(Stop(StopReason.KILLED, "the debugger ended the VM"))
+
+    def _stop_is_complete(self) -> bool:
+        """Wait for the vCPUs to park; tell the user of one that does not."""
+        told = False
+        while not self._finished.is_set() and not self.machine.vm.ended:
+            late = self.run_control.wait_stopped(_STOP_SECONDS)
+            if not late:
+                return True
+            if not told:
+                names = ", ".join(f"vcpu-{n}" for n in sorted(late))
+                print(f"gdb: {names} does not stop (does the console block?)", file=sys.stderr)
+                told = True
+        return not self.machine.vm.ended
+
+    def _kill(self) -> None:
+        self._kill_wanted = True
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # gone again
+            return
+        if self._connection is not None:
+            # A packet that every client shows or ignores, and nothing that disturbs the first one.
+            sock.close()
+            print("gdb: a second debugger was refused: one at a time", file=sys.stderr)
+            return
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            # Without it each small reply waits for the acknowledgement of the one before.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connect(sock)
+
+    def _connect(self, sock: socket.socket | _StdioSocket) -> None:
+        self.run_control.attach()
+        self._stop_is_complete()
+        self._connection = Connection(sock, self.target)
+        self._selector.register(sock, selectors.EVENT_READ, self._on_bytes)
+
+    def _on_bytes(self) -> None:
+        connection = self._connection
+        if connection is None:  # dropped by an event of the same round
+            return
+        if not connection.flush():
+            return
+        data = connection.receive()
+        if data is not None:
+            connection.handle(data)
+        if data is None or connection.stub.session.phase is Phase.ENDED:
+            self._drop()
+        else:
+            self._watch_writable(not connection.flush())
+
+    def _watch_writable(self, blocked: bool) -> None:
+        connection = self._connection
+        assert connection is not None
+        # While output is stuck nothing more is read: the debugger has to take its replies first.
+        events = selectors.EVENT_WRITE if blocked else selectors.EVENT_READ
+        if self._selector.get_key(connection.socket).events != events:
+            self._selector.modify(connection.socket, events, self._on_bytes)
+
+    def _drop(self) -> None:
+        """The debugger is gone."""
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        connection.flush()
+        self._selector.unregister(connection.socket)
+        connection.socket.close()
+        if connection.stub.session.phase not in (Phase.DETACHED, Phase.ENDED) or (
+            connection.stub.session.phase is Phase.DETACHED and self.run_control.stop is not None
+        ):
+            self.target.detach()
+
+    def _say_goodbye(self) -> None:
+        connection = self._connection
+        if connection is None or self._final is None:
+            return
+        if connection.stub.owes_reply:
+            connection.send_reply(connection.stub.stop_reply(self._final))
+        connection.flush()
+
+
+class Connection:
+    """One debugger: its socket, link and stub."""
+
+    def __init__(self, sock: socket.socket | _StdioSocket, target: MachineTarget) -> None:
+        self.socket = sock
+        sock.setblocking(False)
+        self.link, self.stub = Link(), Stub(target)
+        self._target = target
+        self._unsent = b""
+
+    def receive(self) -> bytes | None:
+        """What has arrived; None when the debugger has gone."""
+        try:
+            return self.socket.recv(_CHUNK) or None
+        except BlockingIOError:
+            return b""
+        except OSError:
+            return None
+
+    def handle(self, data: bytes) -> None:
+        """Answer what is complete of what has arrived."""
+        self.link.receive(data)
+        while (event := self.link.next_event()) is not None:
+            if isinstance(event, Packet):
+                reply = self.stub.handle(event.payload)
+                self._target.last_error = self.stub.last_error
+                self.send_reply(reply)
+                self.link.acks = not self.stub.no_ack_mode
+            elif event is Event.INTERRUPT:
+                self._target.interrupt()
+            else:
+                self.send_reply(self.stub.reject(event.value))
+
+    def send_reply(self, reply: bytes | None) -> None:
+        """Queue a reply, if there is one, and send what can be sent."""
+        if reply is not None:
+            self.link.send(reply)
+        self.flush()
+
+    def flush(self) -> bool:
+        """Send without waiting; True when nothing is left (or nobody is there to take it)."""
+        self._unsent += self.link.take_output()
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._unsent = b""
+        return True
+
+
+class _StdioSocket:
+    """stdin and stdout where a socket is expected: `target remote | pyvmm --gdb stdio`."""
+
+    def __init__(self) -> None:
+        self._in, self._out = os.dup(0), os.dup(1)
+
+    def fileno(self) -> int:
+        """For the selector."""
+        return self._in
+
+    def setblocking(self, blocking: bool) -> None:
+        """stdin and stdout are shared with our parent: their mode is not ours to change."""
+
+    def recv(self, size: int) -> bytes:
+        """See socket.recv."""
+        return os.read(self._in, size)
+
+    def send(self, data: bytes) -> int:
+        """See socket.send."""
+        return os.write(self._out, data)
+
+    def close(self) -> None:
+        """Give back the descriptors; the originals stay open."""
+        os.close(self._in)
+        os.close(self._out)
+
+
+def _listen(address: Address) -> socket.socket:
+    """A listening socket.  Raises OSError."""
+    if address.path:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        target: object = address.path
+    else:
+        family, kind, _, _, target = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(target)  # type: ignore[arg-type]
+        listener.listen(4)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen at {address}: {_advice(error)}") from None
+    return listener
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "it is in use; choose another, or port 0 for a free one"
+    return error.strerror or str(error)
+
+
+def _crash_signal(stop: Stop) -> int:
+    return SIGSEGV if stop.exit is not None and stop.exit.name == "SHUTDOWN" else SIGABRT

@@ -1,0 +1,289 @@
+"""A machine as the stub's Target: what packets ask for, done with run control and the hypervisor.
+
+Everything here runs on the debug server's thread.  Unless target.py says otherwise a method is
+called only while all vCPUs are parked.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pyvmm import debugstate, paging, x86
+from pyvmm.errors import GuestMemoryError
+from pyvmm.kvm import kvm_regs, kvm_sregs
+from pyvmm.memory import VirtualMemory
+from pyvmm.registers import Architecture, Bank, Value, architecture_for
+from pyvmm.runcontrol import RunControl
+from pyvmm.target import (
+    Action,
+    ActionKind,
+    BreakpointKind,
+    ExecFile,
+    MemoryRegion,
+    StopReport,
+    TargetError,
+    ThreadInfo,
+)
+from pyvmm.vcpurecord import VmError
+
+if TYPE_CHECKING:
+    from pyvmm.machine import Machine
+
+_CODE_BITS = {
+    x86.CpuMode.LONG: 64,
+    x86.CpuMode.PROTECTED32: 32,
+    x86.CpuMode.COMPAT32: 32,
+}
+_CANONICAL_HALF = 1 << 47
+_ENTRY_COVERS = {"PTE": 1 << 12, "PDE": 1 << 21, "PDPTE": 1 << 30, "PML4E": 1 << 39}
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Whatever the layers below refuse becomes an error that the debugger is told."""
+    try:
+        yield
+    except VmError as error:
+        raise TargetError(error.errno or errno.EIO, error.message) from None
+    except OSError as error:
+        raise TargetError(error.errno or errno.EIO, error.strerror or str(error)) from None
+    except (GuestMemoryError, paging.TranslationFault) as error:
+        raise TargetError(errno.EFAULT, str(error)) from None
+
+
+class MachineTarget:
+    """Implements target.Target."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        run_control: RunControl,
+        symbols: str | None,
+        on_kill: Callable[[], None],
+    ) -> None:
+        """`symbols` is the path of an ELF file to hand to the debugger, if there is one."""
+        self.machine = machine
+        self.vm = machine.vm
+        self.run_control = run_control
+        self._on_kill = on_kill
+        self._symbols = symbols if symbols and _elf_bits(symbols) else None
+        self._views: dict[int, VirtualMemory] = {}  # by vcpu_id; good until something changes
+        self.last_error = ""  # why the last packet was refused, for `monitor`
+
+    # --- what it is ---
+
+    def vcpu_ids(self) -> Sequence[int]:
+        """See Target."""
+        return self.vm.vcpu_ids()
+
+    def threads(self) -> Sequence[ThreadInfo]:
+        """See Target."""
+        return [ThreadInfo(n, f"vCPU {n}", self.describe(n)) for n in self.vm.vcpu_ids()]
+
+    def describe(self, vcpu_id: int) -> str:
+        """A vCPU's state in words: "halted, CPL 0, 64-bit mode"."""
+        handle = self.vm.state(vcpu_id)
+        sregs, regs = handle.get(kvm_sregs), handle.get(kvm_regs)
+        state = "halted" if vcpu_id in self.vm.halted_cpus() else "running"
+        mode = x86.cpu_mode(sregs, regs.rflags)
+        level = "" if mode is x86.CpuMode.REAL else f", CPL {sregs.ss.dpl}"
+        return f"{state}{level}, {mode.value}"
+
+    def architecture(self) -> Architecture:
+        """See Target."""
+        mode = x86.cpu_mode(self.vm.state(self.vm.vcpu_ids()[0]).get(kvm_sregs))
+        image_bits = _elf_bits(self._symbols) if self._symbols else None
+        return architecture_for(_CODE_BITS.get(mode, 16), image_bits)
+
+    def has_avx(self) -> bool:
+        """See Target."""
+        return debugstate.has_avx(self.vm.state(self.vm.vcpu_ids()[0]))
+
+    def exec_file(self) -> ExecFile | None:
+        """See Target."""
+        if self._symbols is None:
+            return None
+        path = self._symbols
+
+        def pread(offset: int, length: int) -> bytes:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return file.read(length)
+
+        try:
+            return ExecFile(path, os.stat(path).st_size, pread)
+        except OSError:  # removed since
+            return None
+
+    def memory_map(self) -> Sequence[tuple[int, int]] | None:
+        """Where there can ever be memory: RAM, and nothing else, at any virtual address."""
+        if self.architecture() is not Architecture.X86_64:
+            return [(0, 1 << 32)]
+        return [(0, _CANONICAL_HALF), ((1 << 64) - _CANONICAL_HALF, _CANONICAL_HALF)]
+
+    # --- registers and memory ---
+
+    def read_registers(self, vcpu_id: int, banks: Bank) -> dict[str, Value]:
+        """See Target."""
+        with _errors():
+            return debugstate.read(self.vm.state(vcpu_id), banks)
+
+    def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
+        """See Target."""
+        self._views.clear()
+        with _errors():
+            debugstate.write(self.vm.state(vcpu_id), updates)
+            if "rip" in updates:
+                self.vm.wake_halted(vcpu_id)
+
+    def view(self, vcpu_id: int) -> VirtualMemory:
+        """Guest memory as a vCPU sees it."""
+        view = self._views.get(vcpu_id)
+        if view is None:
+            with _errors():
+                sregs = self.vm.state(vcpu_id).get(kvm_sregs)
+            view = self._views[vcpu_id] = VirtualMemory(self.vm.memory, sregs)
+        return view
+
+    def read_memory(self, vcpu_id: int, gva: int, length: int) -> bytes:
+        """See Target."""
+        return self._read_pieces(self.view(vcpu_id).pieces(gva, length))
+
+    def read_physical(self, gpa: int, length: int) -> bytes:
+        """See Target."""
+        return self._read_pieces(iter([(gpa, length)]))
+
+    def _read_pieces(self, pieces: Iterator[tuple[int, int]]) -> bytes:
+        """What is readable of (gpa, bytes) pieces, up to the first gap."""
+        found: list[bytes] = []
+        try:
+            for gpa, size in pieces:
+                readable = self._readable(gpa, size)
+                data = self.vm.memory.read(gpa, readable)
+                found.append(self.run_control.breakpoints.hide(gpa, data))
+                if readable < size:
+                    break
+        except (GuestMemoryError, paging.TranslationFault) as error:
+            if not found:
+                raise TargetError(errno.EFAULT, str(error)) from None
+        return b"".join(found)
+
+    def _readable(self, gpa: int, size: int) -> int:
+        """How many of `size` bytes at `gpa` are RAM.  Raises GuestMemoryError if not one is."""
+        return min(size, self.vm.memory.find(gpa).end - gpa)
+
+    def write_memory(self, vcpu_id: int, gva: int, data: bytes) -> None:
+        """See Target."""
+        with _errors():
+            pieces = list(self.view(vcpu_id).pieces(gva, len(data)))
+            self._write_pieces(pieces, data)
+
+    def write_physical(self, gpa: int, data: bytes) -> None:
+        """See Target."""
+        with _errors():
+            self._write_pieces([(gpa, len(data))], data)
+
+    def _write_pieces(self, pieces: list[tuple[int, int]], data: bytes) -> None:
+        for gpa, size in pieces:  # all or nothing
+            self.vm.memory.find(gpa, size)
+        self._views.clear()  # what is written may be a page table
+        offset = 0
+        for gpa, size in pieces:
+            self.run_control.breakpoints.write(gpa, data[offset : offset + size])
+            offset += size
+
+    def memory_region(self, vcpu_id: int, gva: int) -> MemoryRegion:
+        """See Target.  The region is the page, or what the missing table entry would map."""
+        with _errors():
+            sregs = self.vm.state(vcpu_id).get(kvm_sregs)
+        registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+        walk = paging.walk(self.vm.memory.read, registers, gva)
+        if walk.gpa is None:
+            size = _ENTRY_COVERS.get(walk.steps[-1].name if walk.steps else "PTE", 1 << 12)
+            return MemoryRegion(gva & -size, size, "")
+        if walk.page_bytes >= 1 << 32:  # no paging: RAM is what there is
+            try:
+                slot = self.vm.memory.find(walk.gpa)
+            except GuestMemoryError:
+                return MemoryRegion(gva & -4096, 4096, "")
+            return MemoryRegion(slot.gpa, slot.size, "rwx")
+        permissions = (
+            "r" + "w" * walk.permissions.writable + "x" * (not walk.permissions.no_execute)
+        )
+        return MemoryRegion(gva & -walk.page_bytes, walk.page_bytes, permissions)
+
+    # --- breakpoints ---
+
+    def insert_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
+        """See Target."""
+        with _errors():
+            if kind is BreakpointKind.SOFTWARE:
+                self.run_control.breakpoints.insert_software(vcpu_id, gva)
+            else:
+                self.run_control.breakpoints.insert_hardware(vcpu_id, kind, gva, length)
+
+    def remove_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
+        """See Target."""
+        with _errors():
+            if kind is BreakpointKind.SOFTWARE:
+                self.run_control.breakpoints.remove_software(gva)
+            else:
+                self.run_control.breakpoints.remove_hardware(kind, gva, length)
+
+    # --- running ---
+
+    def stop_report(self) -> StopReport:
+        """See Target."""
+        return self.run_control.stop or StopReport(self.vm.vcpu_ids()[0])
+
+    def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
+        """See Target."""
+        host = self.vm.host
+        for vcpu_id, action in actions.items():
+            if action.kind is ActionKind.CONTINUE:
+                continue
+            user = self.vm.state(vcpu_id).get(kvm_sregs).ss.dpl == 3
+            if user and not (host.step_user or host.step_user_delivered):
+                raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
+        self._views.clear()
+        with _errors():
+            self.run_control.resume(actions, newcomers_run)
+
+    def interrupt(self) -> None:
+        """See Target."""
+        self.run_control.interrupt()
+
+    def detach(self) -> None:
+        """See Target."""
+        self._views.clear()
+        self.run_control.interrupt()  # where it runs: take out breakpoints while nobody executes
+        self.run_control.wait_stopped(_PATIENCE_SECONDS)
+        self.run_control.detach()
+
+    def kill(self) -> None:
+        """See Target."""
+        self._on_kill()
+
+    def monitor(self, command: str) -> str:
+        """See Target."""
+        from pyvmm import monitor
+
+        with _errors():
+            return monitor.execute(self, command)
+
+
+_PATIENCE_SECONDS = 10.0
+
+
+def _elf_bits(path: str) -> int | None:
+    """32 or 64 for an ELF file of that class."""
+    try:
+        with open(path, "rb") as file:
+            ident = file.read(5)
+    except OSError:
+        return None
+    return {b"\x7fELF\x01": 32, b"\x7fELF\x02": 64}.get(ident)

@@ -1,0 +1,199 @@
+"""gdb's `monitor` commands: what the protocol has no packet for.
+
+`COMMANDS` is the table; `monitor help` is made from it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from pyvmm import paging, report
+from pyvmm.kvm import kvm_regs, kvm_sregs
+from pyvmm.target import TargetError
+
+if TYPE_CHECKING:
+    from pyvmm.debugtarget import MachineTarget
+
+
+class Command(NamedTuple):
+    """A row: `arguments` is for the help text."""
+
+    name: str
+    arguments: str
+    help: str
+    run: Callable[[MachineTarget, list[str]], str]
+
+
+def execute(target: MachineTarget, line: str) -> str:
+    """Run a command line; names may be cut short while they are unique."""
+    words = line.split() or ["help"]
+    found = [c for c in COMMANDS if c.name == words[0]] or [
+        c for c in COMMANDS if c.name.startswith(words[0])
+    ]
+    if len(found) != 1:
+        what = "ambiguous" if found else "unknown"
+        raise TargetError(errno.EINVAL, f"{words[0]}: {what} command; try `monitor help`")
+    return found[0].run(target, words[1:]).rstrip("\n") + "\n"
+
+
+def _number(words: list[str], what: str) -> int:
+    if len(words) != 1:
+        raise TargetError(errno.EINVAL, f"name one {what}, as 0x1000")
+    try:
+        return int(words[0], 0) & 0xFFFFFFFFFFFFFFFF
+    except ValueError:
+        raise TargetError(errno.EINVAL, f"{words[0]!r} is no {what}: write 0x1000") from None
+
+
+def _vcpu(target: MachineTarget, words: list[str]) -> int:
+    """The vCPU that the words name, by default the one that stopped."""
+    if not words:
+        return target.stop_report().vcpu_id
+    vcpu_id = _number(words, "vCPU")
+    if vcpu_id not in target.vcpu_ids():
+        raise TargetError(errno.EINVAL, f"there is no vCPU {vcpu_id}")
+    return vcpu_id
+
+
+def _help(target: MachineTarget, words: list[str]) -> str:
+    rows = [(f"{c.name} {c.arguments}".rstrip(), c.help) for c in COMMANDS]
+    width = max(len(usage) for usage, _ in rows)
+    return "\n".join(f"{usage:<{width}}  {text}" for usage, text in rows)
+
+
+def _regs(target: MachineTarget, words: list[str]) -> str:
+    handle = target.vm.state(_vcpu(target, words))
+    return report.registers(handle.get(kvm_regs), handle.get(kvm_sregs))
+
+
+def _paging_registers(target: MachineTarget, vcpu_id: int) -> paging.PagingRegisters:
+    sregs = target.vm.state(vcpu_id).get(kvm_sregs)
+    return paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+
+
+def _translate(target: MachineTarget, words: list[str]) -> str:
+    gva = _number(words, "address")
+    registers = _paging_registers(target, _vcpu(target, []))
+    walk = paging.walk(target.vm.memory.read, registers, gva)
+    lines = [f"{walk.gva:#x} by {walk.mode.value}, cr3 {registers.cr3:#x}"]
+    for step in walk.steps:
+        lines.append(
+            f"  {step.name:<6} at GPA {step.entry_gpa:#x} = {step.value:#018x}  "
+            f"{' '.join(step.flags)}"
+        )
+    if walk.gpa is None:
+        lines.append(f"not mapped: {walk.fault}")
+    else:
+        lines.append(f"GPA {walk.gpa:#x}, {walk.permissions}, {_size(walk.page_bytes)} page")
+    return "\n".join(lines)
+
+
+def _pagetables(target: MachineTarget, words: list[str]) -> str:
+    registers = _paging_registers(target, _vcpu(target, words))
+    if paging.paging_mode(*registers[:1], *registers[2:4]) is paging.PagingMode.NONE:
+        return "paging is off: addresses are physical"
+    found = paging.mappings(target.vm.memory.read, registers, max_ranges=500)
+    lines = [
+        f"{m.gva:#018x} - {m.gva + m.length:#018x}  GPA {m.gpa:#x}  {m.permissions}  "
+        f"{_size(m.page_bytes)} pages"
+        for m in found.ranges
+    ]
+    if found.next_gva is not None:
+        lines.append("... (more than fits here)")
+    return "\n".join(lines) or "nothing is mapped"
+
+
+def _size(count: int) -> str:
+    for unit, shift in (("G", 30), ("M", 20), ("K", 10)):
+        if count >= 1 << shift and not count & (1 << shift) - 1:
+            return f"{count >> shift}{unit}"
+    return str(count)
+
+
+def _exits(target: MachineTarget, words: list[str]) -> str:
+    from pyvmm import stats
+
+    lines = []
+    for vcpu_id in target.vcpu_ids():
+        counts = stats.read(target.vm.state(vcpu_id))
+        shown = [f"  {name:<28} {value}" for name, value in counts.items() if value]
+        lines += [f"vCPU {vcpu_id}, since it was created:", *shown]
+    return "\n".join(lines)
+
+
+def _memory(target: MachineTarget, words: list[str]) -> str:
+    lines = [
+        f"{slot.gpa:#012x} - {slot.end:#012x}  {_size(slot.size)} {'ROM' if slot.readonly else 'RAM'}"
+        for slot in target.vm.memory.slots
+    ]
+    for bus in (target.machine.ports, target.machine.mmio):
+        for claim in bus.claims:
+            lines.append(
+                f"{bus.name} {claim.start:#x} - {claim.start + claim.size:#x}  {claim.name}"
+            )
+    return "\n".join(lines)
+
+
+def _vcpus(target: MachineTarget, words: list[str]) -> str:
+    lines = []
+    for vcpu_id in target.vcpu_ids():
+        rip = target.vm.state(vcpu_id).get(kvm_regs).rip
+        lines.append(f"vCPU {vcpu_id}: rip {rip:#x}, {target.describe(vcpu_id)}")
+    return "\n".join(lines)
+
+
+def _probe(target: MachineTarget, words: list[str]) -> str:
+    from pyvmm import hostprobe, probereport
+
+    host = target.vm.host
+    return probereport.table({f.name: f.measure(host) for f in hostprobe.FINDINGS})
+
+
+def _inject_nmi(target: MachineTarget, words: list[str]) -> str:
+    vcpu_id = _vcpu(target, words)
+    target.vm.inject_nmi(vcpu_id)
+    return f"vCPU {vcpu_id} takes an NMI when it runs"
+
+
+def _reset_breakpoints(target: MachineTarget, words: list[str]) -> str:
+    count = target.run_control.breakpoints.clear()
+    return f"{count} breakpoints removed (gdb does not know: delete them there, too)"
+
+
+def _catch_int3(target: MachineTarget, words: list[str]) -> str:
+    breakpoints = target.run_control.breakpoints
+    if words and words[0] not in ("on", "off"):
+        raise TargetError(errno.EINVAL, "catch-int3: on or off")
+    if words:
+        if words[0] == "on" and not target.vm.host.breakpoint:
+            raise TargetError(errno.ENOTSUP, "on this host an int3 does not leave the guest")
+        breakpoints.catch_int3 = words[0] == "on"
+    return f"the guest's own int3 {'stops' if breakpoints.catch_int3 else 'goes to the guest'}"
+
+
+def _error(target: MachineTarget, words: list[str]) -> str:
+    return target.last_error or "no packet was refused"
+
+
+def _quit(target: MachineTarget, words: list[str]) -> str:
+    target.kill()
+    return "the VM ends"
+
+
+COMMANDS = (
+    Command("help", "", "this list", _help),
+    Command("regs", "[VCPU]", "all registers, with control registers and descriptor tables", _regs),
+    Command("translate", "GVA", "the walk through the page tables, level by level", _translate),
+    Command("pagetables", "[VCPU]", "everything that the page tables map", _pagetables),
+    Command("exits", "", "how often each vCPU has left the guest, and why", _exits),
+    Command("memory", "", "RAM and the devices in guest-physical memory and at ports", _memory),
+    Command("vcpus", "", "where each vCPU is, and in which mode", _vcpus),
+    Command("probe", "", "what this host's KVM can and cannot do", _probe),
+    Command("catch-int3", "[on|off]", "stop at the guest's own int3", _catch_int3),
+    Command("inject-nmi", "[VCPU]", "raise a non-maskable interrupt", _inject_nmi),
+    Command("reset-breakpoints", "", "take out all breakpoints", _reset_breakpoints),
+    Command("error", "", "why the last packet was refused, in words", _error),
+    Command("quit", "", "end the VM", _quit),
+)

@@ -1,0 +1,302 @@
+"""Run control: which vCPU's event stops the VM, who runs after it, and what a step is.
+
+The debug server (debug.py) calls attach(), resume(), interrupt() and detach() on its thread; the
+vCPUs' threads come here with Bpt, Mtrap, Db and crash exits (the handlers below, which replace those
+of vcpu.py).  Nothing here knows packets or sockets.
+
+A vCPU's state, from the debugger's point of view:
+
+    idle ----(resume: step)----> stepping ----(Mtrap exit)----> stepped ---+
+      |                                                                    |  the event is owed
+      +------(Bpt exit at a breakpoint)-----------------------> hit -------+
+                                                                           |
+    idle <--(reported: this vCPU's event stopped the VM, or discarded)-----+
+
+and the VM's:
+
+    running ---(an event claims the stop, or ^C)---> stopping ---(all parked)---> stopped
+       ^                                                                            |
+       +------------------------------ resume, detach ------------------------------+
+
+- The first event claims the stop: `_stop` is set and all vCPUs are suspended.  The others park in
+  their handlers and claim again when they are resumed, so two vCPUs that hit at the same moment are
+  reported one after the other.  (A *finished step* is discarded instead when its vCPU is resumed:
+  the resume says anew what the vCPU shall do.)
+- A breakpoint event is discarded if the breakpoint is gone by then: the guest's own instruction is
+  back in memory and is simply executed.
+- Every stop disarms all steps.  Detaching also takes out all breakpoints.
+
+`_lock` guards everything here.  It is taken before VM._lock and never held while waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from pyvmm import exits, kvm, vcpu, x86
+from pyvmm.breakpoints import Breakpoints
+from pyvmm.cpustate import Register
+from pyvmm.hypervisor import ALL, VM
+from pyvmm.target import (
+    SIGABRT,
+    SIGINT,
+    SIGSEGV,
+    SIGTRAP,
+    Action,
+    ActionKind,
+    BreakpointKind,
+    StopKind,
+    StopReport,
+)
+from pyvmm.vcpu import Handler, StopVm, VcpuThread
+from pyvmm.vcpurecord import Capability, VmError
+
+_WATCH_STOPS = {
+    BreakpointKind.HARDWARE: StopKind.HWBREAK,
+    BreakpointKind.WRITE: StopKind.WATCH,
+    BreakpointKind.READ: StopKind.RWATCH,
+    BreakpointKind.ACCESS: StopKind.AWATCH,
+}
+
+
+class VcpuState:
+    """What run control knows of one vCPU."""
+
+    def __init__(self) -> None:
+        self.stepping: Action | None = None  # STEP or RANGE_STEP, armed
+        self.owed: StopReport | None = None  # an event that is not reported yet: stepped or hit
+
+
+class RunControl:
+    """Run control of one VM."""
+
+    def __init__(self, vm: VM, on_stop: Callable[[], None]) -> None:
+        """`on_stop` is called, on any thread and with locks held, when a stop has been claimed."""
+        self.vm = vm
+        self.breakpoints = Breakpoints(vm)
+        self._on_stop = on_stop
+        self._lock = threading.Lock()
+        self._attached = False
+        self._stop: StopReport | None = None  # claimed: the VM is stopping or stopped
+        self._states: dict[int, VcpuState] = {}
+
+    def handlers(self) -> dict[type, Handler]:
+        """What replaces rows of vcpu.HANDLERS."""
+        return {
+            exits.Bpt: self._on_bpt,
+            exits.Mtrap: self._on_mtrap,
+            exits.Db: self._on_db,
+            **{
+                kind: self._on_crash
+                for kind, handler in vcpu.HANDLERS.items()
+                if handler is vcpu.handle_crash and kind not in (exits.Bpt, exits.Mtrap, exits.Db)
+            },
+        }
+
+    # --- for the debug server's thread -----------------------------------------------------------
+
+    @property
+    def stop(self) -> StopReport | None:
+        """Why the VM is stopping or stopped; None while it runs."""
+        with self._lock:
+            return self._stop
+
+    def hold(self) -> None:
+        """Count as stopped before the first instruction; the vCPUs are suspended already."""
+        with self._lock:
+            self._stop = StopReport(0)
+
+    def let_run(self) -> None:
+        """The machine is run: resume the vCPUs, unless they are stopped for a debugger."""
+        with self._lock:
+            if self._stop is None:
+                self.vm.resume_cpu(ALL)
+
+    def attach(self) -> None:
+        """A debugger is there: stop the VM for it, if it runs."""
+        with self._lock:
+            self._attached = True
+            if self._stop is None:
+                self._claim(StopReport(self._first_vcpu()))
+
+    def interrupt(self) -> None:
+        """Stop the VM and report SIGINT; does nothing if it is stopped."""
+        with self._lock:
+            self._attached = True
+            if self._stop is None:
+                self._claim(StopReport(self._first_vcpu(), SIGINT))
+
+    def _first_vcpu(self) -> int:
+        return min(self.vm.active_cpus(), default=0)
+
+    def wait_stopped(self, timeout: float) -> frozenset[int]:
+        """Wait until the stop is complete; the vCPUs that are not parked after `timeout` seconds."""
+        return self.vm.wait_parked(self.vm.vcpu_ids(), timeout)
+
+    def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
+        """Let the vCPUs in `actions` run; the others stay parked.  Raises VmError (ENOTSUP)."""
+        with self._lock:
+            for vcpu_id, action in actions.items():
+                stepping = action.kind is not ActionKind.CONTINUE
+                self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, stepping)
+            for vcpu_id, action in actions.items():
+                state = self._state(vcpu_id)
+                state.stepping = None if action.kind is ActionKind.CONTINUE else action
+                if state.owed is not None and state.owed.kind is StopKind.SIGNAL:
+                    state.owed = None  # a finished step: superseded by this action
+            self._stop = None
+            self.vm.hold_newcomers(not newcomers_run)
+            for vcpu_id in actions:
+                if vcpu_id in self.vm.debug_cpus():
+                    self.vm.resume_cpu(vcpu_id)
+
+    def detach(self) -> None:
+        """Make the guest as if no debugger had ever been there, and let it run.
+
+        All vCPUs must be parked (interrupt() and wait_stopped() before).
+        """
+        with self._lock:
+            self._attached = False
+            self._disarm_steps()
+            for state in self._states.values():
+                state.owed = None
+            self.breakpoints.clear()
+            self.breakpoints.catch_int3 = False
+            self._stop = None
+            self.vm.resume_cpu(ALL)
+
+    # --- claiming a stop (with _lock held) ---------------------------------------------------------
+
+    def _claim(self, report: StopReport) -> None:
+        self._stop = report
+        self.vm.suspend_cpu(ALL)
+        self._disarm_steps()
+        self._on_stop()
+
+    def _disarm_steps(self) -> None:
+        for vcpu_id, state in self._states.items():
+            if state.stepping is not None:
+                state.stepping = None
+                self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, False)
+
+    def _state(self, vcpu_id: int) -> VcpuState:
+        return self._states.setdefault(vcpu_id, VcpuState())
+
+    # --- for the vCPUs' threads --------------------------------------------------------------------
+
+    def _report(
+        self, cpu: VcpuThread, report: StopReport, still_valid: Callable[[], bool] | None = None
+    ) -> None:
+        """Stop the VM for an event of this vCPU; returns when it runs again.
+
+        Another vCPU may own the stop: then wait, and try again when resumed.  `still_valid` is
+        asked before each try; when it says no the event is discarded.
+        """
+        state = self._state(cpu.vcpu_id)
+        with self._lock:
+            state.owed = report
+        while True:
+            with self._lock:
+                valid = still_valid is None or still_valid()
+                if not self._attached or not valid:
+                    state.owed = None
+                if state.owed is not None and self._stop is None:
+                    state.owed = None
+                    self._claim(report)
+            if cpu.vcpu_id in self.vm.debug_cpus():
+                self.vm.sleep(cpu.vcpu_id)
+            with self._lock:
+                if state.owed is None or self.vm.ended:
+                    return
+
+    def _on_bpt(self, cpu: VcpuThread, exit: exits.Bpt) -> None:
+        """An int3, or our hlt.  Either it is a breakpoint, or it is the guest's own."""
+        vcpu_id = cpu.vcpu_id
+        gva = self._pc(vcpu_id)
+        if self.breakpoints.at(vcpu_id, gva):
+            self._report(
+                cpu,
+                StopReport(vcpu_id, SIGTRAP, StopKind.SWBREAK),
+                lambda: self.breakpoints.at(vcpu_id, gva),
+            )
+            return
+        if not self._int3_at_rip(vcpu_id):
+            return  # ours, and removed since: the guest's instruction is back and is executed
+        if self.breakpoints.catch_int3:
+            self._report(cpu, StopReport(vcpu_id, SIGTRAP))
+            if self.vm.ended or self._pc(vcpu_id) != gva or not self._int3_at_rip(vcpu_id):
+                return  # the debugger went somewhere else
+        self._pass_to_guest(cpu, exit.inst_length)
+
+    def _pass_to_guest(self, cpu: VcpuThread, inst_length: int) -> None:
+        """Deliver the guest's own int3 to it, as one step if this vCPU is stepping."""
+        vcpu_id = cpu.vcpu_id
+        if self.vm.get_capability(vcpu_id, Capability.MTRAP_EXIT):
+            if self.vm.execute_in_software(vcpu_id):
+                self._on_mtrap(cpu, exits.Mtrap())
+                return
+        self.vm.set_register(vcpu_id, Register.GUEST_ENTRY_INST_LENGTH, inst_length)
+        self.vm.inject_exception(vcpu_id, x86.VECTOR_BP)
+
+    def _on_mtrap(self, cpu: VcpuThread, exit: exits.Mtrap) -> None:
+        """A step is done: report it, unless it is one of a range and still inside."""
+        vcpu_id = cpu.vcpu_id
+        state = self._state(vcpu_id)
+        action = state.stepping
+        if action is None:  # called off while it was under way
+            return
+        if action.kind is ActionKind.RANGE_STEP and action.start <= self._pc(vcpu_id) < action.end:
+            return
+        self._end_step(vcpu_id)
+        self._report(cpu, StopReport(vcpu_id))
+
+    def _end_step(self, vcpu_id: int) -> None:
+        with self._lock:
+            self._state(vcpu_id).stepping = None
+            self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, False)
+
+    def _on_db(self, cpu: VcpuThread, exit: exits.Db) -> None:
+        """A debug register hit; or the guest debugs itself."""
+        vcpu_id = cpu.vcpu_id
+        watches = self.breakpoints.watches
+        hits = [w for number, w in enumerate(watches) if exit.dr6 >> number & 1]
+        if not hits:
+            self._guests_own_db(vcpu_id, exit.dr6)
+            return
+        if self._state(vcpu_id).stepping is not None and exit.dr6 & x86.DR6_BS:
+            self._end_step(vcpu_id)
+        watch = hits[0]
+        if self.breakpoints.only_written(vcpu_id, watch):
+            return
+        report = StopReport(vcpu_id, SIGTRAP, _WATCH_STOPS[watch.kind], watch.gva)
+        is_code = watch.kind is BreakpointKind.HARDWARE
+        # Data was touched, whatever becomes of the watchpoint; code would be executed again.
+        self._report(cpu, report, (lambda: watch in self.breakpoints.watches) if is_code else None)
+
+    def _guests_own_db(self, vcpu_id: int, dr6: int) -> None:
+        handle = self.vm.state(vcpu_id)
+        debugregs = handle.get(kvm.kvm_debugregs)
+        debugregs.dr6 |= dr6
+        handle.set(debugregs)
+        try:
+            self.vm.inject_exception(vcpu_id, x86.VECTOR_DB)
+        except VmError:  # another exception is pending: the processor drops the trap then, too
+            pass
+
+    def _on_crash(self, cpu: VcpuThread, exit: exits.Exit) -> None:
+        """The guest cannot go on: let the debugger look at it before the VM ends."""
+        stop = cpu.machine.crash(cpu.vcpu_id, exit)
+        signal = SIGSEGV if isinstance(exit, exits.Shutdown) else SIGABRT
+        self._report(cpu, StopReport(cpu.vcpu_id, signal))
+        raise StopVm(stop)
+
+    def _pc(self, vcpu_id: int) -> int:
+        """CS base + RIP, as a GVA."""
+        handle = self.vm.state(vcpu_id)
+        sregs, regs = handle.get(kvm.kvm_sregs), handle.get(kvm.kvm_regs)
+        return x86.linear_address(sregs.cs.base, regs.rip, x86.cpu_mode(sregs, regs.rflags))
+
+    def _int3_at_rip(self, vcpu_id: int) -> bool:
+        cpu = self.vm.cpu(vcpu_id)
+        return x86.int3_length(cpu.fetch(), cpu.mode) is not None
