@@ -93,7 +93,7 @@ def _advice(error: OSError, device: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"pyvmm: {message}\n(pyvmm --help explains)", file=sys.stderr)
+        print(f"pyvmm: {message} (pyvmm --help explains)", file=sys.stderr)
         sys.exit(STATUS_USAGE)
 
 

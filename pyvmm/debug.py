@@ -59,7 +59,7 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-    """`PORT`, `HOST:PORT`, `unix:PATH` or `stdio`.  Raises ValueError with what to write instead."""
+    """`PORT`, `HOST:PORT`, `unix:PATH` or `stdio`.  Raises ValueError saying what to write."""
     if text == "stdio":
         return Address()
     if text.startswith("unix:"):
@@ -67,7 +67,7 @@ def parse_address(text: str) -> Address:
         if not path or "\0" in path or len(os.fsencode(path)) > 107:
             raise ValueError(f"{text!r}: a Unix socket needs a path of 1 to 107 bytes")
         return Address(path=path)
-    host, colon, port = text.rpartition(":")
+    host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise ValueError(f"{text!r} is no address: write PORT, HOST:PORT, unix:PATH or stdio")
     return Address(host=host.strip("[]") or DEFAULT_HOST, port=int(port))

@@ -30,14 +30,15 @@ import ctypes
 import errno
 import functools
 import signal
-import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pyvmm import cpustate, emulate, exits, kvm, x86
+from pyvmm.cpucopy import complete_in_software, copy_state
 from pyvmm.cpustate import Register
+from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.stepping import Stepper
 from pyvmm.vcpurecord import (
@@ -74,7 +75,7 @@ class VM:
         finally:
             system.close()
         self.memory = GuestMemory(self.handle)
-        self._stepper = Stepper(self.memory)
+        self.stepper = Stepper(self.memory)
         self.irqchip = False
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
@@ -110,7 +111,7 @@ class VM:
 
     @functools.cached_property
     def host(self) -> HostProbe:
-        """What the host really does, by experiment; made, and even imported, only when asked for."""
+        """What the host really does, by experiment: made, and imported, only when asked for."""
         from pyvmm import hostprobe
 
         return hostprobe.host(self._device)
@@ -146,11 +147,11 @@ class VM:
         debugged from the start, and so parks before its first instruction.
         """
         vcpu = self._record(vcpu_id)
-        inside_kvm_run = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - {KICK_SIGNAL}
-        vcpu.handle.set_signal_mask(inside_kvm_run)
         with self._lock:
             if vcpu.thread_id is not None:
                 raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has a thread already")
+            inside_kvm_run = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - {KICK_SIGNAL}
+            vcpu.handle.set_signal_mask(inside_kvm_run)
             vcpu.thread_id = threading.get_ident()
             vcpu.debugged = vcpu.debugged or self._all_suspended
             vcpu.update_attention()
@@ -243,6 +244,7 @@ class VM:
                 vcpu.debugged = False
                 vcpu.update_attention()
                 vcpu.wake.notify_all()
+            self._parked.notify_all()  # nobody need wait for these to park any more
 
     def hold_newcomers(self, hold: bool) -> None:
         """Whether a vCPU that is activated from now on is debugged from the start.
@@ -474,6 +476,12 @@ class VM:
                 raise VmError(errno.EBUSY, f"vCPU {vcpu_id} is running: suspend it first")
         return vcpu
 
+    def halt(self, vcpu: VcpuRecord) -> None:
+        """`vcpu` has executed hlt: run() returns Hlt until something wakes it."""
+        with self._lock:
+            vcpu.halted = True
+            vcpu.update_attention()
+
     def wake_halted(self, vcpu_id: int) -> None:
         """A halted vCPU runs on behind its `hlt` from its next entry on."""
         self._unhalt(self._record(vcpu_id))
@@ -500,9 +508,9 @@ class VM:
                     return exit
                 stepping = Capability.MTRAP_EXIT in vcpu.wanted
             if stepping:
-                exit = self._stepper.step(self, vcpu)
+                exit = self.stepper.step(self, vcpu)
             elif kvm.run(vcpu.fd):
-                exit = self.decode(vcpu)
+                exit = decode(self, vcpu)
             else:
                 exit = None
                 forget_kick()
@@ -541,7 +549,7 @@ class VM:
             exit = self._complete_io(vcpu)
             if exit is not None:
                 return exit
-            if Capability.MTRAP_EXIT in vcpu.wanted and self._stepper.io_was_all(self, vcpu):
+            if Capability.MTRAP_EXIT in vcpu.wanted and self.stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
         if vcpu.debugged:
             return exits.Debug()
@@ -559,7 +567,7 @@ class VM:
         vcpu.kvm_run.immediate_exit = 0
         vcpu.last_exit = None
         if finished:
-            vcpu.last_exit = self.decode(vcpu)
+            vcpu.last_exit = decode(self, vcpu)
         return vcpu.last_exit
 
     def _tell_kvm(self, vcpu: VcpuRecord) -> None:
@@ -573,101 +581,6 @@ class VM:
         if nmi:
             vcpu.handle.ioctl(kvm.KVM_NMI)
         vcpu.set_guest_debug()
-
-    # --- from kvm_run to a typed exit ----------------------------------------------------------
-
-    def decode(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        """The exit that kvm_run tells of; None: pyvmm dealt with it, run() enters again."""
-        return self.DECODERS.get(vcpu.kvm_run.exit_reason, VM._unhandled)(self, vcpu)
-
-    def _io_exit(self, vcpu: VcpuRecord) -> exits.Exit:
-        direction, size, port, count, offset = _KVM_RUN_IO.unpack_from(vcpu.map, _KVM_RUN_IO_OFFSET)
-        if direction == kvm.KVM_EXIT_IO_IN:
-            return _in_out(port, size, True, count, b"")
-        return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
-
-    def _mmio_exit(self, vcpu: VcpuRecord) -> exits.Exit:
-        mmio = vcpu.kvm_run.mmio
-        length = mmio.len
-        if mmio.is_write:
-            return exits.Mmio(mmio.phys_addr, length, True, bytes(mmio.data[:length]))
-        return exits.Mmio(mmio.phys_addr, length, False, b"")
-
-    def _hlt_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        if self.hlt_traps or self._stepper.used:
-            trapped, exit = self._stepper.not_the_guests_hlt(self, vcpu)
-            if trapped:
-                return exit
-        if Capability.MTRAP_EXIT in vcpu.wanted:
-            return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
-        with self._lock:
-            vcpu.halted = True
-            vcpu.update_attention()
-        return exits.Hlt(bool(vcpu.kvm_run.if_flag))
-
-    def _debug_exit(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        debug = vcpu.kvm_run.debug
-        if debug.exception == x86.VECTOR_BP:
-            cpu = self.copy_state(vcpu)
-            length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
-            vcpu.last_bpt_length = length
-            return self._bpt(vcpu, length)
-        if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
-            return exits.Db(debug.dr6)
-        if Capability.MTRAP_EXIT in vcpu.wanted:
-            return exits.Mtrap()
-        if vcpu.control & kvm.KVM_GUESTDBG_SINGLESTEP:
-            return None  # the step was called off while it was under way
-        return exits.Db(debug.dr6)
-
-    def _bpt(self, vcpu: VcpuRecord, length: int) -> exits.Exit | None:
-        """An int3 that the host did not execute: an exit if it was asked for, else the guest's."""
-        if Capability.BPT_EXIT in vcpu.wanted:
-            return exits.Bpt(length)
-        kept, vcpu.entry_inst_length = vcpu.entry_inst_length, length
-        self.inject_exception(vcpu.vcpu_id, x86.VECTOR_BP)
-        vcpu.entry_inst_length = kept
-        return None
-
-    def _internal_error(self, vcpu: VcpuRecord) -> exits.Exit | None:
-        """KVM's instruction emulator gave up.  On some hosts that is how an int3 shows itself."""
-        failure = vcpu.kvm_run.emulation_failure
-        if failure.suberror != kvm.KVM_INTERNAL_ERROR_EMULATION:
-            return exits.InternalError(failure.suberror, b"")
-        code = b""
-        if failure.flags & kvm.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
-            code = bytes(failure.insn_bytes[: failure.insn_size])
-        cpu = self.copy_state(vcpu)
-        length = x86.int3_length(code, cpu.mode)
-        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
-            return exits.Bpt(length)
-        if self.complete_in_software(vcpu, cpu, code):
-            return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
-        return exits.InternalError(failure.suberror, code)
-
-    def _shutdown_exit(self, vcpu: VcpuRecord) -> exits.Exit:
-        return exits.Shutdown()
-
-    def _system_event(self, vcpu: VcpuRecord) -> exits.Exit:
-        return exits.SystemEvent(vcpu.kvm_run.system_event.type)
-
-    def _fail_entry(self, vcpu: VcpuRecord) -> exits.Exit:
-        return exits.FailEntry(vcpu.kvm_run.fail_entry.hardware_entry_failure_reason)
-
-    def _unhandled(self, vcpu: VcpuRecord) -> exits.Exit:
-        reason = vcpu.kvm_run.exit_reason
-        return exits.Unhandled(kvm.EXIT_NAMES.get(reason, f"KVM exit {reason}"))
-
-    DECODERS: ClassVar[dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]]] = {
-        kvm.KVM_EXIT_IO: _io_exit,
-        kvm.KVM_EXIT_MMIO: _mmio_exit,
-        kvm.KVM_EXIT_HLT: _hlt_exit,
-        kvm.KVM_EXIT_DEBUG: _debug_exit,
-        kvm.KVM_EXIT_INTERNAL_ERROR: _internal_error,
-        kvm.KVM_EXIT_SHUTDOWN: _shutdown_exit,
-        kvm.KVM_EXIT_SYSTEM_EVENT: _system_event,
-        kvm.KVM_EXIT_FAIL_ENTRY: _fail_entry,
-    }
 
     # --- guest virtual memory, as the vCPU sees it -----------------------------------------------
 
@@ -686,66 +599,17 @@ class VM:
         """Write at a GVA, all of `data` or nothing.  Raises as read_virtual() does."""
         self._virtual(self._accessible(vcpu_id)).write(gva, data)
 
-    def _virtual(self, vcpu: VcpuRecord, sregs: kvm.kvm_sregs | None = None) -> VirtualMemory:
-        return VirtualMemory(self.memory, sregs or vcpu.handle.get(kvm.kvm_sregs))
+    def _virtual(self, vcpu: VcpuRecord) -> VirtualMemory:
+        return VirtualMemory(self.memory, vcpu.handle.get(kvm.kvm_sregs))
 
     # --- instructions executed by pyvmm (emulate.py) -------------------------------------------
 
     def cpu(self, vcpu_id: int) -> emulate.Cpu:
         """A copy of a vCPU's state, with its view of memory.  Raises as get_register() does."""
-        return self.copy_state(self._accessible(vcpu_id))
-
-    def copy_state(self, vcpu: VcpuRecord) -> emulate.Cpu:
-        """The same, by its record."""
-        handle = vcpu.handle
-        sregs = handle.get(kvm.kvm_sregs)
-        virtual = self._virtual(vcpu, sregs)
-        return emulate.Cpu(
-            handle.get(kvm.kvm_regs),
-            sregs,
-            virtual.read,
-            virtual.write,
-            lambda index: handle.get_msrs([index])[0],
-            lambda: _unmask_nmi(handle),
-            lambda shadow: _set_shadow(handle, shadow),
-        )
+        return copy_state(self.memory, self._accessible(vcpu_id))
 
     def execute_in_software(self, vcpu_id: int) -> bool:
-        """Execute the instruction at RIP if it is one of emulate.py's.  Raises as get_register()."""
+        """Execute the instruction at RIP if it is one of emulate.py's.  Raises VmError (EBUSY)."""
         vcpu = self._accessible(vcpu_id)
-        cpu = self.copy_state(vcpu)
-        return self.complete_in_software(vcpu, cpu, cpu.fetch())
-
-    def write_state(self, vcpu: VcpuRecord, cpu: emulate.Cpu) -> None:
-        """Make a changed copy the vCPU's state."""
-        vcpu.handle.set(cpu.sregs)
-        vcpu.handle.set(cpu.regs)
-
-    def complete_in_software(self, vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
-        """Execute the instruction that `code` begins with, at RIP, if it is one of emulate.py's."""
-        if not emulate.complete(cpu, code):
-            return False
-        self.write_state(vcpu, cpu)
-        return True
-
-
-_KVM_RUN_IO = struct.Struct("=BBHIQ")  # kvm_run.io in one go: the hottest exit there is
-_KVM_RUN_IO_OFFSET = kvm.kvm_run.exit.offset
-
-# Exits are values, and a polling guest makes the same few over and over: keep them.
-_in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
-
-
-def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
-    events = handle.get(kvm.kvm_vcpu_events)
-    if events.nmi.masked:
-        events.nmi.masked = 0
-        events.flags = 0
-        handle.set(events)
-
-
-def _set_shadow(handle: kvm.VcpuHandle, shadow: int) -> None:
-    events = handle.get(kvm.kvm_vcpu_events)
-    events.interrupt.shadow = shadow
-    events.flags = kvm.KVM_VCPUEVENT_VALID_SHADOW
-    handle.set(events)
+        cpu = copy_state(self.memory, vcpu)
+        return complete_in_software(vcpu, cpu, cpu.fetch())

@@ -682,8 +682,8 @@ class KvmError(OSError):
 def ioctl(fd: int, request: int, argument: Any = None) -> int:
     """Call ioctl(2) on `fd`; return its non-negative result.
 
-    `argument` is None, an int, or a ctypes object, whose size must be the one that `request` encodes
-    (a struct with a flexible array may be larger: the number encodes its header only).
+    `argument` is None, an int, or a ctypes object of the size that `request` encodes (or larger: of
+    a struct with a flexible array the number encodes the header only).
     Raises KvmError with the kernel's errno, naming the ioctl.
     """
     if isinstance(argument, (ctypes.Structure, ctypes._SimpleCData, ctypes.Array)):
@@ -718,7 +718,7 @@ def run(vcpu_fd: int) -> bool:
 def flexible(header: type, entry: Any, count: int) -> Any:
     """A struct of `header` followed by `count` times `entry`, for the kernel's flexible arrays."""
     fields = [("header", header), ("entries", entry * count)]
-    # A kvm_signal_mask's sigset follows its header without padding; elsewhere _pack_ changes nothing.
+    # A kvm_signal_mask's sigset follows its header without padding; _pack_ changes no other one.
     return type(header.__name__, (ctypes.Structure,), {"_pack_": 1, "_fields_": fields})
 
 
@@ -875,7 +875,7 @@ class VcpuHandle(Handle):
         wanted = list(indices)
         msrs = flexible(kvm_msrs, kvm_msr_entry, len(wanted))()
         msrs.header.nmsrs = len(wanted)
-        for entry, index in zip(msrs.entries, wanted):
+        for entry, index in zip(msrs.entries, wanted, strict=True):
             entry.index = index
         done = self.ioctl(KVM_GET_MSRS, msrs)
         if done != len(wanted):
@@ -886,7 +886,7 @@ class VcpuHandle(Handle):
         """Write model-specific registers.  Raises KvmError (EINVAL) naming the one refused."""
         msrs = flexible(kvm_msrs, kvm_msr_entry, len(values))()
         msrs.header.nmsrs = len(values)
-        for entry, (index, value) in zip(msrs.entries, values.items()):
+        for entry, (index, value) in zip(msrs.entries, values.items(), strict=True):
             entry.index, entry.data = index, value
         done = self.ioctl(KVM_SET_MSRS, msrs)
         if done != len(values):

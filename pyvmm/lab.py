@@ -1,8 +1,8 @@
 """A laboratory guest: one vCPU, 2 MiB of RAM and a handler behind each exception vector.
 
 The host probe and the tests need to see what a processor does with a few bytes of code.  The lab
-puts the code at CODE, enters it in the mode and privilege level asked for, and tells what came of it:
-the exit, or the exception that was delivered and the frame it pushed.  Each handler is a single
+puts the code at CODE, enters it in the mode and privilege level asked for, and tells what came of
+it: the exit, or the exception that was delivered and the frame it pushed.  Each handler is a single
 `hlt`, so a delivered exception is a KVM_EXIT_HLT with RIP behind the handler of its vector.
 
 It is built on plain kvm.py, below the hypervisor layer: what is measured here is the host's own

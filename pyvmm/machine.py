@@ -311,7 +311,7 @@ class Machine:
         return {field[0]: getattr(regs, field[0]) for field in kvm.kvm_regs._fields_}
 
     def get_register(self, name: str, vcpu_id: int = 0) -> int:
-        """A register by name ("rip", "cr3", "cs_base"): see cpustate.Register.  KeyError if none."""
+        """A register by name ("rip", "cr3", "cs_base"): see Register.  KeyError if none."""
         return self.vm.get_register(vcpu_id, Register[name.upper()])
 
     def set_register(self, name: str, value: int, vcpu_id: int = 0) -> None:

@@ -2,8 +2,8 @@
 
 A memory slot is a range of guest-physical addresses (GPA) that KVM backs with a range of ours
 (host virtual addresses, HVA).  The pages are anonymous and untouched ones cost nothing, so a large
-guest is cheap.  Addresses outside of all slots are not RAM: a guest's access to one is an MMIO exit,
-and a read or write of one here raises GuestMemoryError.
+guest is cheap.  Addresses outside of all slots are not RAM: a guest's access to one is an MMIO
+exit, and a read or write of one here raises GuestMemoryError.
 
 VirtualMemory is the same RAM by guest virtual address (GVA), through a vCPU's page tables; the walk
 itself is in paging.py.
@@ -106,7 +106,7 @@ class GuestMemory:
 
 
 class VirtualMemory:
-    """Guest memory by GVA, as a vCPU with these `sregs` sees it at CPL 0, write protection aside."""
+    """Guest memory by GVA, as a vCPU with these `sregs` sees it at CPL 0; writable or not."""
 
     def __init__(self, memory: GuestMemory, sregs: kvm.kvm_sregs) -> None:
         # Only debugging needs the page walk: a guest that merely runs must not wait for its import.

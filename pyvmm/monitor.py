@@ -125,7 +125,8 @@ def _exits(target: MachineTarget, words: list[str]) -> str:
 
 def _memory(target: MachineTarget, words: list[str]) -> str:
     lines = [
-        f"{slot.gpa:#012x} - {slot.end:#012x}  {_size(slot.size)} {'ROM' if slot.readonly else 'RAM'}"
+        f"{slot.gpa:#012x} - {slot.end:#012x}  {_size(slot.size)} "
+        + ("ROM" if slot.readonly else "RAM")
         for slot in target.vm.memory.slots
     ]
     for bus in (target.machine.ports, target.machine.mmio):

@@ -1,8 +1,8 @@
 """Run control: which vCPU's event stops the VM, who runs after it, and what a step is.
 
 The debug server (debug.py) calls attach(), resume(), interrupt() and detach() on its thread; the
-vCPUs' threads come here with Bpt, Mtrap, Db and crash exits (the handlers below, which replace those
-of vcpu.py).  Nothing here knows packets or sockets.
+vCPUs' threads come here with Bpt, Mtrap, Db and crash exits (the handlers below, which replace
+those of vcpu.py).  Nothing here knows packets or sockets.
 
 A vCPU's state, from the debugger's point of view:
 
@@ -131,7 +131,7 @@ class RunControl:
         return min(self.vm.active_cpus(), default=0)
 
     def wait_stopped(self, timeout: float) -> frozenset[int]:
-        """Wait until the stop is complete; the vCPUs that are not parked after `timeout` seconds."""
+        """Wait until the stop is complete; those that are not parked after `timeout` s."""
         return self.vm.wait_parked(self.vm.vcpu_ids(), timeout)
 
     def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
@@ -166,7 +166,7 @@ class RunControl:
             self._stop = None
             self.vm.resume_cpu(ALL)
 
-    # --- claiming a stop (with _lock held) ---------------------------------------------------------
+    # --- claiming a stop (with _lock held) -------------------------------------------------------
 
     def _claim(self, report: StopReport) -> None:
         self._stop = report
@@ -183,7 +183,7 @@ class RunControl:
     def _state(self, vcpu_id: int) -> VcpuState:
         return self._states.setdefault(vcpu_id, VcpuState())
 
-    # --- for the vCPUs' threads --------------------------------------------------------------------
+    # --- for the vCPUs' threads ------------------------------------------------------------------
 
     def _report(
         self, cpu: VcpuThread, report: StopReport, still_valid: Callable[[], bool] | None = None

@@ -21,6 +21,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from pyvmm import emulate, exits, kvm, x86
+from pyvmm.cpucopy import complete_in_software, copy_state, write_state
+from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.steptraps import StepTraps, leave_handler_frame
 from pyvmm.vcpurecord import Capability, VcpuRecord, forget_kick
@@ -45,14 +47,14 @@ class Stepper:
 
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
-        cpu = vm.copy_state(vcpu)
+        cpu = copy_state(vm.memory, vcpu)
         code = cpu.fetch()
         length = x86.int3_length(code, cpu.mode)
         if length is not None and Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
         if code[:1] == b"\xf4" and _at_breakpoint(vm, cpu):
             return exits.Bpt(1)
-        if vm.complete_in_software(vcpu, cpu, code):
+        if complete_in_software(vcpu, cpu, code):
             return exits.Mtrap()
         self.used = True
         vcpu.step_rip = cpu.regs.rip
@@ -61,23 +63,23 @@ class Stepper:
             try:
                 if not _enter_until_progress(vcpu, cpu):
                     return None
-                after = vm.copy_state(vcpu)
+                after = copy_state(vm.memory, vcpu)
                 faulted = self._traps.hit(after, cpu.regs.rip)
             finally:
                 self._traps.remove()
         if faulted:
             leave_handler_frame(after, faulted, cpu.regs)
-            vm.write_state(vcpu, after)
+            write_state(vcpu, after)
             _forget_single_step(vcpu)
             return exits.Mtrap()
-        exit = vm.decode(vcpu)
+        exit = decode(vm, vcpu)
         if isinstance(exit, exits.Mtrap) and _repeated_out(vcpu, after):
             return self.step(vm, vcpu)
         return exit
 
     def io_was_all(self, vm: VM, vcpu: VcpuRecord) -> bool:
         """Whether the instruction of the step is over now that its I/O is finished."""
-        return not _repeated_out(vcpu, vm.copy_state(vcpu))
+        return not _repeated_out(vcpu, copy_state(vm.memory, vcpu))
 
     def not_the_guests_hlt(self, vm: VM, vcpu: VcpuRecord) -> tuple[bool, exits.Exit | None]:
         """Whether a `hlt` that a vCPU left with was planted by us, and the exit to report for it.
@@ -87,7 +89,7 @@ class Stepper:
         instruction is executed instead.
         """
         with self._lock:  # until another's step is over and the guest's bytes are back
-            cpu = vm.copy_state(vcpu)
+            cpu = copy_state(vm.memory, vcpu)
             cpu.regs.rip -= 1
             breakpoint = _at_breakpoint(vm, cpu)
             if not breakpoint and cpu.fetch(1) == b"\xf4":

@@ -35,7 +35,7 @@ class _Handler(NamedTuple):
 
 
 class StepTraps:
-    """The traps of one VM.  Planted and removed by the vCPU that steps, others parked or waiting."""
+    """The traps of one VM.  Planted and removed by the vCPU that steps."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory

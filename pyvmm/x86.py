@@ -86,7 +86,7 @@ def cpu_mode(sregs: kvm_sregs, rflags: int = 0) -> CpuMode:
 
 
 def linear_address(segment_base: int, offset: int, mode: CpuMode) -> int:
-    """The GVA of `offset` in a segment; outside of 64-bit mode linear addresses are 32 bits wide."""
+    """The GVA of `offset` in a segment; outside of 64-bit mode they are 32 bits wide."""
     if mode is CpuMode.LONG:
         return offset & 0xFFFFFFFFFFFFFFFF  # CS, DS, ES and SS have base 0 there
     return (segment_base + offset) & 0xFFFFFFFF

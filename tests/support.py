@@ -18,8 +18,9 @@ import pytest
 
 from pyvmm import exits, kvm
 from pyvmm.hostprobe import FINDINGS, host
-from pyvmm.hypervisor import KICK_SIGNAL, VM
+from pyvmm.hypervisor import VM
 from pyvmm.lab import CODE, PAGE_TABLES, RAM, STACK, Lab, LabMode
+from pyvmm.vcpurecord import KICK_SIGNAL
 
 # Guest code for 64-bit mode.  RDI points to a counter of the vCPU's own.
 COUNT_FOREVER = b"\x48\xff\x07\xeb\xfb"  # 1: inc qword [rdi]; jmp 1b
@@ -50,6 +51,11 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {PATIENCE:g} s in vain: {what}"
         time.sleep(0.0005)
+
+
+def wait_change(read: Callable[[], object], before: object, what: str) -> None:
+    """Wait until `read()` is not `before` any more; fail with `what` when it stays."""
+    wait_until(lambda: read() != before, what)
 
 
 class Runner(threading.Thread):
@@ -203,12 +209,15 @@ class Bench(Lab):
 
     def wait_runs(self, vcpu_id: int = 0) -> None:
         """Wait until the vCPU counts."""
-        before = self.counter(vcpu_id)
+        self.wait_ran(vcpu_id, self.counter(vcpu_id))
+
+    def wait_ran(self, vcpu_id: int, before: int) -> None:
+        """Wait until the vCPU's counter is not what it was `before`."""
         for _ in range(200):  # quicker than a sleep when it is about to
             if self.counter(vcpu_id) != before:
                 return
             os.sched_yield()
-        wait_until(lambda: self.counter(vcpu_id) != before, f"vCPU {vcpu_id} does not count")
+        wait_until(lambda: self.counter(vcpu_id) != before, f"vCPU {vcpu_id} counts")
 
     def wait_handler(self, vector: int) -> None:
         """Wait until vCPU 0 has halted in the handler of an exception, and leave it parked."""
@@ -232,7 +241,7 @@ def _joined(thread: threading.Thread) -> bool:
     return not thread.is_alive()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def slowness() -> float:
     """How many times slower this host is at exits than a machine of our days; at least 1."""
     out_forever = b"\xe6\x10\xeb\xfc"  # 1: out 0x10, al; jmp 1b

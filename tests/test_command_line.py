@@ -442,7 +442,9 @@ class Terminal:
         seen = b""
         deadline = time.monotonic() + PATIENCE
         while not seen.endswith(end):
-            over = self.process.poll() is not None and not select.select([self.master], [], [], 0)[0]
+            over = (
+                self.process.poll() is not None and not select.select([self.master], [], [], 0)[0]
+            )
             assert not over and time.monotonic() < deadline, f"only {seen!r} appeared"
             if select.select([self.master], [], [], 0.2)[0]:
                 seen += os.read(self.master, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import struct
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -24,6 +25,7 @@ from tests.support import (
     Bench,
     cycles,
     requires,
+    wait_change,
     wait_until,
 )
 
@@ -142,7 +144,7 @@ def test_resuming_a_subset_runs_that_subset() -> None:
             for vcpu_id in chosen:
                 bench.vm.resume_cpu(vcpu_id)
             for vcpu_id in chosen:
-                wait_until(lambda n=vcpu_id: bench.counter(n) != before[n], f"vCPU {vcpu_id}")
+                bench.wait_ran(vcpu_id, before[vcpu_id])
             rest = set(range(4)) - set(chosen)
             assert bench.vm.debug_cpus() == rest
             assert all(bench.counter(n) == before[n] for n in rest)
@@ -273,7 +275,7 @@ def test_reads_in_flight_are_complete_in_the_registers_of_a_parked_vcpu(
                 assert rax & 0xFF == answers & 0xFF
             before = answers
             bench.vm.resume_cpu(0)
-            wait_until(lambda before=before: answers != before, "the guest goes on")
+            wait_change(lambda: answers, before, "the guest goes on")
 
 
 def test_writes_over_a_page_boundary_are_complete_when_parked() -> None:
@@ -295,7 +297,7 @@ def test_writes_over_a_page_boundary_are_complete_when_parked() -> None:
             assert stores == rbx + (rip == CODE + 3)
             before = len(written)
             bench.vm.resume_cpu(0)
-            wait_until(lambda before=before: len(written) != before, "the guest goes on")
+            wait_change(lambda: len(written), before, "the guest goes on")
         bench.park()
         assert set(struct.iter_unpack("<Q", written)) == {(0x1122334455667788,)}
 
@@ -321,10 +323,8 @@ def test_repeated_output_is_interrupted_between_two_repetitions() -> None:
             assert len(printed) == len(text) - rcx == rsi - DATA
             vm.resume_cpu(0)
             before = len(printed)
-            wait_until(
-                lambda before=before: len(printed) != before or vm.halted_cpus() == {0},
-                "the guest goes on",
-            )
+            while len(printed) == before and vm.halted_cpus() != {0}:
+                time.sleep(0)
         assert printed == text
 
 
@@ -527,7 +527,8 @@ def test_waiting_for_a_vcpu_ends_when_somebody_resumes_it() -> None:
         assert bench.vm.wait_parked([0], 0.05) == {0}, "named as the one that is late"
         waiter = threading.Thread(target=bench.vm.wait_parked, args=([0], PATIENCE), daemon=True)
         waiter.start()
-        wait_until(lambda: bool(bench.vm._parked._waiters), "it waits")
+        waiter.join(0.1)  # long enough to begin to wait
+        assert waiter.is_alive()
         bench.vm.resume_cpu(0)
         waiter.join(3)
         stuck = waiter.is_alive()

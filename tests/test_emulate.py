@@ -431,7 +431,9 @@ def test_a_short_real_mode_vector_table_is_left_to_the_host() -> None:
     assert f.run(b"\xcc")
 
 
-@pytest.mark.parametrize("code", [b"", b"\x90", b"\xcd", b"\xf0\xcc", b"\x66", b"\x0f", b"\x0f\x06"])
+@pytest.mark.parametrize(
+    "code", [b"", b"\x90", b"\xcd", b"\xf0\xcc", b"\x66", b"\x0f", b"\x0f\x06"]
+)
 def test_other_bytes_are_not_ours(code: bytes) -> None:
     f = Fixture(LONG)
     f.gate(3)

@@ -268,5 +268,3 @@ def test_require_names_everything_that_is_missing() -> None:
     done = pyvmm("--probe", "--require", ",".join(["long-mode", *missing]))
     assert done.returncode == (4 if missing else 0)
     assert all(name in done.stderr for name in missing)
-
-

@@ -133,7 +133,7 @@ def test_breakpoint_can_be_injected_where_there_was_none(mode: LabMode, length: 
         if has_length_field():
             assert bench.pushed_rip() == start + length
         else:
-            assert bench.pushed_rip() in (start, start + 1)  # the host's own idea
+            assert bench.pushed_rip() in (start, start + 1, start + length)  # its own idea
 
 
 def test_breakpoint_is_handed_back_after_other_debug_exits_came_between() -> None:
@@ -143,15 +143,16 @@ def test_breakpoint_is_handed_back_after_other_debug_exits_came_between() -> Non
     with Bench(b"\x66\xcc" + NOP * 20) as bench:
         vm = bench.vm
         hit_int3(bench)
-        vm.set_register(0, Register.RIP, CODE + 2)
+        vm.set_register(0, Register.RIP, rip := CODE + 2)
         if host().hardware_breakpoint:
             vm.set_hardware_breakpoints(0, [HardwareBreakpoint(CODE + 6, EXECUTE)])
             assert isinstance(bench.enter(), exits.Db)
             vm.set_hardware_breakpoints(0, [])
-            assert bench.rip == CODE + 6
+            rip = CODE + 6
+            assert bench.rip == rip
         vm.set_register(0, LENGTH, 1)
         vm.inject_exception(0, VECTOR_BP)
-        assert_handled_by_guest(bench, bench.rip + 1 if not host().hardware_breakpoint else CODE + 7)
+        assert_handled_by_guest(bench, rip + 1)
 
 
 @pytest.mark.parametrize("form", ["cc", "66cc"])

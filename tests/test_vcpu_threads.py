@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 
 from pyvmm import exits, machine, vcpu
 from pyvmm.boot.image import Image, Mode, Segment
-from pyvmm.hypervisor import KICK_SIGNAL
 from pyvmm.machine import Machine
 from pyvmm.stop import STATUS_CRASHED, STATUS_FAILED, STATUS_OK, Stop, StopReason
+from pyvmm.vcpurecord import KICK_SIGNAL
 from tests.support import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kvm
@@ -196,10 +197,12 @@ def test_stuck_thread_is_named_and_close_works_when_it_lets_go() -> None:
 
 
 def _run_quietly(guest: Machine) -> None:
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError):
         guest.run()
-    except (RuntimeError, AssertionError):
-        pass
+
+
+def _wait_active(guest: Machine, count: int) -> None:
+    wait_until(lambda: len(guest.vm.active_cpus()) == count, f"{count} vCPUs are active")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -238,7 +241,7 @@ def test_close_ends_a_machine_that_runs_on_another_thread() -> None:
         guest = Machine(image(SPIN), cpus=2)
         runner = threading.Thread(target=_run_quietly, args=(guest,))
         runner.start()
-        wait_until(lambda g=guest: len(g.vm.active_cpus()) == 2, "both run")
+        _wait_active(guest, 2)
         guest.stop(Stop(StopReason.INTERRUPTED, "enough"))
         runner.join(PATIENCE)
         assert not runner.is_alive()

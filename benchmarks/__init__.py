@@ -1,0 +1,12 @@
+"""Benchmarks: where pyvmm stands, measured side by side with its peers.  `python3 -m benchmarks`.
+
+Not installed with pyvmm, and not part of its tests: a figure depends on the host and on what else
+it does.  So each measure runs pyvmm and its peers in turns, and what counts is the ratio of each
+pair.  docs/benchmarks.md says what the measures mean.
+
+    measure.py    what a measure is, and how it is run: turns, medians, spread
+    measures/     the measures, one module a subject, and the table of them all
+    guests.py     the guests that are measured, a few instructions each
+    floor.py      compiles and runs floor.c, what the kernel alone costs
+    report.py     results as a table, and as JSON
+"""

@@ -1,0 +1,164 @@
+"""What a measure is, and how it is run: in turns, so that a noisy host is noisy to all alike.
+
+A measure has *contenders*: pyvmm, and the peers that it is compared with.  A round takes one sample
+of each; the ratio of pyvmm to a peer is formed for each round, and the median of the ratios is what
+counts.  Where CPU time can be told, the ratio is formed of that too: it hardly sees other load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+PYVMM = "pyvmm"  # the contender that the others are peers of
+
+
+class Unavailable(Exception):
+    """A contender cannot run on this host; the message says why, for its column of the table."""
+
+
+class Sample(NamedTuple):
+    """One figure, in the measure's unit; `cpu` is the same by CPU time, None where meaningless."""
+
+    value: float
+    cpu: float | None = None
+
+
+class Context(NamedTuple):
+    """What a measure's contenders are given: a scratch folder, and whether to be quick."""
+
+    folder: Path
+    quick: bool
+
+    def scaled(self, count: int) -> int:
+        """How many repetitions to make where a full run makes `count`."""
+        return count // 5 if self.quick else count
+
+
+Sampler = Callable[[], Sample]
+Contenders = dict[str, Sampler]
+
+
+class Goal(NamedTuple):
+    """What pyvmm is to reach: a ratio to `peer`, or with no peer a value in the measure's unit.
+
+    `at_least` or `at_most` is given, not both.
+    """
+
+    peer: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether `value` reaches the goal."""
+        if self.at_least is not None:
+            return value >= self.at_least
+        return self.at_most is None or value <= self.at_most
+
+    def __str__(self) -> str:
+        sign, number = (">=", self.at_least) if self.at_most is None else ("<=", self.at_most)
+        return f"{sign} {number:g}" + (f" x {self.peer}" if self.peer else "")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A row of the table.
+
+    `meaning` tells the user in one sentence what the figure is to them, `floor` what the kernel
+    alone costs there.  `contenders` is a context manager: it prepares what all rounds need, yields
+    a sampler for each contender, and tidies up.  One that cannot run here raises Unavailable from
+    its sampler.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    floor: str
+    contenders: Callable[[Context], contextlib.AbstractContextManager[Contenders]]
+    goal: Goal | None = None
+
+
+class Spread(NamedTuple):
+    """Median, lowest and highest of several figures."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Raises statistics.StatisticsError for an empty list."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class Result:
+    """What was measured: for each contender a sample a round, or why it has none."""
+
+    measure: Measure
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def value(self, contender: str) -> Spread | None:
+        """A contender's figure over the rounds; None where it could not run."""
+        samples = self.samples.get(contender)
+        return Spread.of([sample.value for sample in samples]) if samples else None
+
+    def ratio(self, peer: str) -> Spread | None:
+        """pyvmm to `peer`, formed for each round."""
+        return self._ratio(peer, lambda sample: sample.value)
+
+    def cpu_ratio(self, peer: str) -> Spread | None:
+        """The same by CPU time; None where that cannot be told."""
+        return self._ratio(peer, lambda sample: sample.cpu)
+
+    def _ratio(self, peer: str, figure: Callable[[Sample], float | None]) -> Spread | None:
+        pairs = [
+            (ours, theirs)
+            for ours, theirs in zip(
+                map(figure, self.samples.get(PYVMM, [])), map(figure, self.samples.get(peer, []))
+            )
+            if ours is not None and theirs
+        ]
+        return Spread.of([ours / theirs for ours, theirs in pairs]) if pairs else None
+
+    @property
+    def peers(self) -> list[str]:
+        """The contenders other than pyvmm, those that could not run as well."""
+        return [name for name in (*self.samples, *self.unavailable) if name != PYVMM]
+
+    def goal_met(self) -> bool | None:
+        """Whether the goal is reached; None where there is none, or nothing to tell it by."""
+        goal = self.measure.goal
+        if goal is None:
+            return None
+        spread = self.ratio(goal.peer) if goal.peer else self.value(PYVMM)
+        return None if spread is None else goal.met(spread.median)
+
+
+def run(measure: Measure, context: Context, rounds: int) -> Result:
+    """Take `rounds` samples of each contender, in turns, after one of each that does not count."""
+    result = Result(measure)
+    with measure.contenders(context) as contenders:
+        waiting = dict(contenders)
+        for number in range(rounds + 1):
+            for name, sampler in list(waiting.items()):
+                try:
+                    sample = sampler()
+                except Unavailable as reason:
+                    result.unavailable[name] = str(reason)
+                    del waiting[name]
+                    continue
+                if number > 0:  # the first warms caches up, and writes Python's bytecode
+                    result.samples.setdefault(name, []).append(sample)
+    return result
+
+
+@contextlib.contextmanager
+def prepared(contenders: Contenders) -> Iterator[Contenders]:
+    """For a measure that needs no preparation: its contenders as they are."""
+    yield contenders

@@ -1,0 +1,11 @@
+"""The measures, one module a subject.  MEASURES is the table of them all, in the order shown.
+
+To add one: a function that yields its contenders, a row in its module's MEASURES.  The debug
+server's measures go into a module of their own, `debug.py`, with QEMU's stub as a further contender.
+"""
+
+from __future__ import annotations
+
+from benchmarks.measures import exits, kick, printing, start
+
+MEASURES = (*start.MEASURES, *exits.MEASURES, *printing.MEASURES, *kick.MEASURES)

@@ -1,0 +1,55 @@
+"""A vCPU's state as emulate.py wants it: copied out, changed, written back.
+
+Only for a vCPU whose registers may be touched: on its own thread, or parked.
+"""
+
+from __future__ import annotations
+
+from pyvmm import emulate, kvm
+from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.vcpurecord import VcpuRecord
+
+
+def copy_state(memory: GuestMemory, vcpu: VcpuRecord) -> emulate.Cpu:
+    """A copy of `vcpu`'s registers, with its view of `memory`."""
+    handle = vcpu.handle
+    sregs = handle.get(kvm.kvm_sregs)
+    virtual = VirtualMemory(memory, sregs)
+    return emulate.Cpu(
+        handle.get(kvm.kvm_regs),
+        sregs,
+        virtual.read,
+        virtual.write,
+        lambda index: handle.get_msrs([index])[0],
+        lambda: _unmask_nmi(handle),
+        lambda shadow: _set_shadow(handle, shadow),
+    )
+
+
+def write_state(vcpu: VcpuRecord, cpu: emulate.Cpu) -> None:
+    """Make a changed copy the vCPU's state."""
+    vcpu.handle.set(cpu.sregs)
+    vcpu.handle.set(cpu.regs)
+
+
+def complete_in_software(vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
+    """Execute the instruction that `code` begins with, at RIP, if it is one of emulate.py's."""
+    if not emulate.complete(cpu, code):
+        return False
+    write_state(vcpu, cpu)
+    return True
+
+
+def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
+    events = handle.get(kvm.kvm_vcpu_events)
+    if events.nmi.masked:
+        events.nmi.masked = 0
+        events.flags = 0
+        handle.set(events)
+
+
+def _set_shadow(handle: kvm.VcpuHandle, shadow: int) -> None:
+    events = handle.get(kvm.kvm_vcpu_events)
+    events.interrupt.shadow = shadow
+    events.flags = kvm.KVM_VCPUEVENT_VALID_SHADOW
+    handle.set(events)

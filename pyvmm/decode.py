@@ -1,0 +1,129 @@
+"""From struct kvm_run to a typed exit: one function for each reason that KVM gives.
+
+What hosts report differently looks the same from here on: an int3 that left the guest is a Bpt exit
+whether KVM says so or fails to emulate it, and RIP is at the instruction.  A decoder that returns
+None has dealt with the exit itself, and the guest is entered again.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pyvmm import exits, kvm, x86
+from pyvmm.cpucopy import complete_in_software, copy_state
+from pyvmm.vcpurecord import Capability, VcpuRecord
+
+if TYPE_CHECKING:
+    from pyvmm.hypervisor import VM
+
+_KVM_RUN_IO = struct.Struct("=BBHIQ")  # kvm_run.io in one go: the hottest exit there is
+_KVM_RUN_IO_OFFSET = kvm.kvm_run.exit.offset
+
+# Exits are values, and a polling guest makes the same few over and over: keep them.
+_in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
+
+
+def decode(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+    """The exit that `vcpu`'s kvm_run tells of; None: dealt with, enter again."""
+    return DECODERS.get(vcpu.kvm_run.exit_reason, _unhandled)(vm, vcpu)
+
+
+def _io_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    direction, size, port, count, offset = _KVM_RUN_IO.unpack_from(vcpu.map, _KVM_RUN_IO_OFFSET)
+    if direction == kvm.KVM_EXIT_IO_IN:
+        return _in_out(port, size, True, count, b"")
+    return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
+
+
+def _mmio_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    mmio = vcpu.kvm_run.mmio
+    length = mmio.len
+    if mmio.is_write:
+        return exits.Mmio(mmio.phys_addr, length, True, bytes(mmio.data[:length]))
+    return exits.Mmio(mmio.phys_addr, length, False, b"")
+
+
+def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+    if vm.hlt_traps or vm.stepper.used:
+        trapped, exit = vm.stepper.not_the_guests_hlt(vm, vcpu)
+        if trapped:
+            return exit
+    if Capability.MTRAP_EXIT in vcpu.wanted:
+        return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
+    vm.halt(vcpu)
+    return exits.Hlt(bool(vcpu.kvm_run.if_flag))
+
+
+def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+    debug = vcpu.kvm_run.debug
+    if debug.exception == x86.VECTOR_BP:
+        cpu = copy_state(vm.memory, vcpu)
+        length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
+        vcpu.last_bpt_length = length
+        return _bpt(vm, vcpu, length)
+    if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
+        return exits.Db(debug.dr6)
+    if Capability.MTRAP_EXIT in vcpu.wanted:
+        return exits.Mtrap()
+    if vcpu.control & kvm.KVM_GUESTDBG_SINGLESTEP:
+        return None  # the step was called off while it was under way
+    return exits.Db(debug.dr6)
+
+
+def _bpt(vm: VM, vcpu: VcpuRecord, length: int) -> exits.Exit | None:
+    """An int3 that the host did not execute: an exit if it was asked for, else the guest's."""
+    if Capability.BPT_EXIT in vcpu.wanted:
+        return exits.Bpt(length)
+    kept, vcpu.entry_inst_length = vcpu.entry_inst_length, length
+    vm.inject_exception(vcpu.vcpu_id, x86.VECTOR_BP)
+    vcpu.entry_inst_length = kept
+    return None
+
+
+def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+    """KVM's instruction emulator gave up.  On some hosts that is how an int3 shows itself."""
+    failure = vcpu.kvm_run.emulation_failure
+    if failure.suberror != kvm.KVM_INTERNAL_ERROR_EMULATION:
+        return exits.InternalError(failure.suberror, b"")
+    code = b""
+    if failure.flags & kvm.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
+        code = bytes(failure.insn_bytes[: failure.insn_size])
+    cpu = copy_state(vm.memory, vcpu)
+    length = x86.int3_length(code, cpu.mode)
+    if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+        return exits.Bpt(length)
+    if complete_in_software(vcpu, cpu, code):
+        return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
+    return exits.InternalError(failure.suberror, code)
+
+
+def _shutdown_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    return exits.Shutdown()
+
+
+def _system_event(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    return exits.SystemEvent(vcpu.kvm_run.system_event.type)
+
+
+def _fail_entry(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    return exits.FailEntry(vcpu.kvm_run.fail_entry.hardware_entry_failure_reason)
+
+
+def _unhandled(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    reason = vcpu.kvm_run.exit_reason
+    return exits.Unhandled(kvm.EXIT_NAMES.get(reason, f"KVM exit {reason}"))
+
+
+DECODERS: dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]] = {
+    kvm.KVM_EXIT_IO: _io_exit,
+    kvm.KVM_EXIT_MMIO: _mmio_exit,
+    kvm.KVM_EXIT_HLT: _hlt_exit,
+    kvm.KVM_EXIT_DEBUG: _debug_exit,
+    kvm.KVM_EXIT_INTERNAL_ERROR: _internal_error,
+    kvm.KVM_EXIT_SHUTDOWN: _shutdown_exit,
+    kvm.KVM_EXIT_SYSTEM_EVENT: _system_event,
+    kvm.KVM_EXIT_FAIL_ENTRY: _fail_entry,
+}
