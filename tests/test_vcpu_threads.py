@@ -255,6 +255,9 @@ def test_machine_that_never_ran_is_closed() -> None:
 
 def test_interrupt_before_and_during_run_is_not_lost() -> None:
     with Machine(image(SPIN)) as guest:
+        guest.interrupt()  # as a ^C does that comes early
+        assert guest.run(timeout=2).reason is StopReason.INTERRUPTED
+        assert guest.run(timeout=0.05).reason is StopReason.TIMEOUT, "one counts once"
         for _ in range(30):
             timer = threading.Timer(0.002, guest.interrupt)
             timer.start()
