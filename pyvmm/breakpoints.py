@@ -2,8 +2,8 @@
 
 A software breakpoint is a byte of the guest's code replaced by a one-byte instruction that leaves
 the guest: int3 where the host lets that happen, else hlt (vm.breakpoint_instruction decides).  It
-is *found* by the GVA the debugger gave, and *taken out* where it was put in, by GPA: the guest may
-have mapped the address to something else in between.
+is kept by GPA, where it was put in: there a vCPU meets it, whatever the address it came by, and
+there it is taken out, whatever the debugger's GVA is mapped to by then.
 
 Nobody but the vCPUs sees the patches: reads of guest memory by the debugger go through hide(), and
 writes through write(), which changes the saved byte of a patched one.
@@ -30,14 +30,16 @@ _DEBUG_REGISTER_KIND = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Patch:
-    """A software breakpoint: `instruction` at `gpa` in place of the guest's `original` byte."""
+    """A patched byte: `instruction` in place of the guest's `original`.
 
-    gva: int
-    gpa: int
+    `gvas` are the addresses that the debugger knows it by: several if a page is mapped twice.
+    """
+
     original: int
     instruction: int
+    gvas: set[int]
 
 
 @dataclass
@@ -55,29 +57,27 @@ class Breakpoints:
 
     def __init__(self, vm: VM) -> None:
         self._vm = vm
-        self._patches: dict[int, Patch] = {}  # by GVA
+        self._patches: dict[int, Patch] = {}  # by GPA
         self._catch_int3 = False
         self.watches: list[Watch] = []  # entry n is in debug register n of every vCPU
 
     def at(self, vcpu_id: int, gva: int) -> bool:
-        """Whether a software breakpoint is what a vCPU would execute at `gva`.
+        """Whether a software breakpoint is what a vCPU executes at `gva`.
 
         Also under another GVA than the debugger's: the guest may have the page mapped twice.
         """
-        if gva in self._patches:
-            return True
         if not self._patches:
             return False
         try:
-            gpa = self._vm.translate(vcpu_id, gva)
+            return self._vm.translate(vcpu_id, gva) in self._patches
         except Exception:  # not mapped any more
-            return False
-        return any(patch.gpa == gpa for patch in self._patches.values())
+            return any(gva in patch.gvas for patch in self._patches.values())
 
     def insert_software(self, vcpu_id: int, gva: int) -> None:
-        """Patch the byte at `gva`; inserting twice is fine.  Raises TargetError."""
-        if gva in self._patches:
-            return
+        """Patch the byte at `gva`; inserting twice is fine.  Raises TargetError.
+
+        If the guest has remapped `gva` since the first time, then both bytes are patched.
+        """
         try:
             gpa = self._vm.translate(vcpu_id, gva)
             self._vm.memory.find(gpa)
@@ -85,16 +85,15 @@ class Breakpoints:
             raise TargetError(
                 errno.EFAULT, f"nothing is mapped at {gva:#x} yet: use hbreak"
             ) from None
-        twin = next((patch for patch in self._patches.values() if patch.gpa == gpa), None)
-        if twin is not None:  # the same byte under another address
-            self._patches[gva] = Patch(gva, gpa, twin.original, twin.instruction)
+        if gpa in self._patches:
+            self._patches[gpa].gvas.add(gva)
             return
         try:
             instruction = self._vm.breakpoint_instruction(vcpu_id)
         except VmError as error:
             raise TargetError(errno.ENOTSUP, error.message) from None
         original = self._vm.memory.read(gpa, 1)[0]
-        self._patches[gva] = Patch(gva, gpa, original, instruction)
+        self._patches[gpa] = Patch(original, instruction, {gva})
         self._vm.memory.write(gpa, bytes((instruction,)))
         if instruction == HLT:
             self._vm.hlt_traps.add(gpa)
@@ -102,21 +101,28 @@ class Breakpoints:
 
     def remove_software(self, gva: int) -> None:
         """Put the guest's byte back; removing what is not there is fine."""
-        patch = self._patches.pop(gva, None)
-        if patch is None or any(p.gpa == patch.gpa for p in self._patches.values()):
-            return
-        # Only if the patch is still there: the guest may have loaded other code meanwhile.
-        if self._vm.memory.read(patch.gpa, 1)[0] == patch.instruction:
-            self._vm.memory.write(patch.gpa, bytes((patch.original,)))
-        self._vm.hlt_traps.discard(patch.gpa)
+        for gpa, patch in list(self._patches.items()):
+            patch.gvas.discard(gva)
+            if not patch.gvas:
+                self._take_out(gpa)
         if not self._patches:
             self.tell_all()
 
+    def _take_out(self, gpa: int) -> None:
+        patch = self._patches.pop(gpa)
+        if self._is_there(gpa, patch):
+            self._vm.memory.write(gpa, bytes((patch.original,)))
+        self._vm.hlt_traps.discard(gpa)
+
+    def _is_there(self, gpa: int, patch: Patch) -> bool:
+        """Whether the patch is still in memory: the guest may have loaded other code meanwhile."""
+        return self._vm.memory.read(gpa, 1)[0] == patch.instruction
+
     def insert_hardware(self, vcpu_id: int, kind: BreakpointKind, gva: int, length: int) -> None:
         """Use a debug register of every vCPU.  Raises TargetError when there is none left."""
+        length = 1 if kind is BreakpointKind.HARDWARE else length
         if any((w.kind, w.gva, w.length) == (kind, gva, length) for w in self.watches):
             return
-        length = 1 if kind is BreakpointKind.HARDWARE else length
         if gva % length:
             raise TargetError(errno.EINVAL, f"{length} bytes are watched at a multiple of {length}")
         host = self._vm.host
@@ -161,7 +167,7 @@ class Breakpoints:
     def tell(self, vcpu_id: int) -> None:
         """The same for one vCPU, also for one that is new."""
         on = bool(self._patches) or self._catch_int3
-        if self._vm.host.breakpoint:
+        if not on or self._vm.host.breakpoint:
             self._vm.set_capability(vcpu_id, Capability.BPT_EXIT, on)
         self._vm.set_hardware_breakpoints(
             vcpu_id,
@@ -183,30 +189,30 @@ class Breakpoints:
 
     def clear(self) -> int:
         """Remove every breakpoint; returns how many there were."""
-        count = len(self._patches) + len(self.watches)
-        for gva in list(self._patches):
-            self.remove_software(gva)
-        if self.watches:
-            self.watches = []
-            self.tell_all()
+        count = sum(len(patch.gvas) for patch in self._patches.values()) + len(self.watches)
+        for gpa in list(self._patches):
+            self._take_out(gpa)
+        self.watches = []
+        self.tell_all()
         return count
 
     def hide(self, gpa: int, data: bytes) -> bytes:
         """`data`, which was read at `gpa`, with the guest's own bytes instead of ours."""
-        inside = [p for p in self._patches.values() if gpa <= p.gpa < gpa + len(data)]
+        inside = [at for at in self._patches if gpa <= at < gpa + len(data)]
         if not inside:
             return data
         clean = bytearray(data)
-        for patch in inside:
-            clean[patch.gpa - gpa] = patch.original
+        for at in inside:
+            patch = self._patches[at]
+            if clean[at - gpa] == patch.instruction:  # else the guest's byte is the newer one
+                clean[at - gpa] = patch.original
         return bytes(clean)
 
     def write(self, gpa: int, data: bytes) -> None:
         """Write guest memory under the patches: they stay, and hold the new bytes."""
         patched = bytearray(data)
-        for gva, patch in list(self._patches.items()):
-            if gpa <= patch.gpa < gpa + len(data):
-                original = data[patch.gpa - gpa]
-                self._patches[gva] = Patch(gva, patch.gpa, original, patch.instruction)
-                patched[patch.gpa - gpa] = patch.instruction
+        for at, patch in self._patches.items():
+            if gpa <= at < gpa + len(data):
+                patch.original = data[at - gpa]
+                patched[at - gpa] = patch.instruction
         self._vm.memory.write(gpa, patched)

@@ -91,15 +91,14 @@ class DebugServer:
         """
         self.machine = machine
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # epoll takes no files: stdin
         self._listener: socket.socket | None = None
         self._connection: Connection | None = None
         self._finished = threading.Event()
         self._final: StopReport | None = None  # how the VM ended
         self._kill_wanted = False
-        self.run_control = RunControl(machine.vm, self._wake_up)
+        self.run_control = RunControl(machine.vm, self._wake_up, catch_int3)
         self.target = MachineTarget(machine, self.run_control, symbols, self._kill)
-        self._catch_int3 = catch_int3
         try:
             if str(address) != "stdio":
                 self._listener = _listen(address)
@@ -129,8 +128,10 @@ class DebugServer:
     def start(self) -> None:
         """Begin to serve.  machine.run() calls it when its vCPUs are active."""
         if self._thread.ident is None:
-            if self._catch_int3:
+            if self.run_control.catch_int3:
                 self.run_control.breakpoints.catch_int3 = True
+                if not self.machine.vm.host.breakpoint:
+                    print("gdb: on this host an int3 does not leave the guest", file=sys.stderr)
             if self._address == Address():
                 self._connect(_StdioSocket())
             self._thread.start()

@@ -107,7 +107,7 @@ class HostProbe:
         with self._lab(LabMode.LONG, _INT3_LONG + _NOP * 32) as lab:
             lab.cpu.set_guest_debug(_ENABLE | _SW_BP)
             if lab.run() not in (kvm.KVM_EXIT_DEBUG, kvm.KVM_EXIT_INTERNAL_ERROR):
-                return Injection.NEXT_RIP  # never an exit, so there is nothing to inject after
+                return Injection.UNRELIABLE  # never an exit, so there is nothing to inject after
             regs = lab.cpu.get(kvm.kvm_regs)
             regs.rip += moved
             lab.cpu.set(regs)
@@ -116,7 +116,7 @@ class HostProbe:
                 return Injection.NOTHING
             added = lab.pushed_rip() - (CODE + moved)
             return {0: Injection.NOTHING, len(_INT3_LONG): Injection.EXIT_LENGTH}.get(
-                added, Injection.NEXT_RIP
+                added, Injection.UNRELIABLE
             )
 
     # --- stepping ---
@@ -299,9 +299,9 @@ FINDINGS = (
     ),
     Finding(
         "injection", "breakpoints handed back to the guest",
-        lambda h: h.breakpoint,
-        "the guest sees the return address that pyvmm chose",
-        "never needed: no int3 leaves the guest",
+        lambda h: h.injection is not Injection.UNRELIABLE,
+        "by KVM, with the return address that pyvmm chose",
+        "by pyvmm itself: KVM's return address cannot be chosen",
     ),
     Finding(
         "step", "single-step, CPL 0", lambda h: h.step,
@@ -351,7 +351,9 @@ FINDINGS = (
 )  # fmt: skip
 
 
-@functools.cache
 def host(device: str = "/dev/kvm") -> HostProbe:
     """The findings about this host, shared by all VMs of the process."""
-    return HostProbe(device)
+    return _host(device)
+
+
+_host = functools.cache(HostProbe)

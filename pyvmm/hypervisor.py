@@ -36,7 +36,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import cpustate, emulate, exits, kvm, x86
-from pyvmm.cpucopy import complete_in_software, copy_state
+from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.cpustate import Register
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
@@ -382,14 +382,9 @@ class VM:
     # --- registers and events ------------------------------------------------------------------
 
     def get_register(self, vcpu_id: int, register: Register) -> int:
-        """Read a register.  Raises VmError: EINVAL no such vCPU, EBUSY it is running.
-
-        Reading GUEST_ENTRY_INST_LENGTH is EINVAL where the host, as AMD's, has no such field.
-        """
+        """Read a register.  Raises VmError: EINVAL no such vCPU, EBUSY it is running."""
         vcpu = self._accessible(vcpu_id)
         if register is Register.GUEST_ENTRY_INST_LENGTH:
-            if self.host.injection is Injection.NEXT_RIP:
-                raise VmError(errno.EINVAL, "this host has no VM-entry instruction length")
             return vcpu.entry_inst_length
         return cpustate.get(vcpu.handle, register)
 
@@ -424,8 +419,8 @@ class VM:
     ) -> None:
         """Queue an exception for the vCPU's next entry; does not kick.
 
-        For #BP the guest sees a saved RIP of RIP + GUEST_ENTRY_INST_LENGTH on every host (where the
-        host has that field); with `restart_instruction` it sees RIP itself.
+        For #BP the guest sees a saved RIP of RIP + GUEST_ENTRY_INST_LENGTH on every host; with
+        `restart_instruction` it sees RIP itself.
         Raises VmError: EINVAL no such vCPU, a vector outside 0..31, or #DF; EBUSY the vCPU is
         running, has I/O in flight, or has an exception pending already.
         """
@@ -435,28 +430,53 @@ class VM:
         if vcpu.io_in_flight:
             raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has I/O in flight")
         events = vcpu.handle.get(kvm.kvm_vcpu_events)
-        if events.exception.injected or events.exception.pending:
+        if events.exception.injected or events.exception.pending or vcpu.bp_queued is not None:
             raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has an exception pending")
         if vector == x86.VECTOR_BP:
-            self._move_rip_for_bp(vcpu, 0 if restart_instruction else vcpu.entry_inst_length)
+            length = 0 if restart_instruction else vcpu.entry_inst_length
+            if not self._let_kvm_inject_bp(vcpu, length):
+                with self._lock:
+                    vcpu.bp_queued = length
+                    vcpu.halted = False
+                    vcpu.update_attention()
+                return
         events.exception.injected = 1
         events.exception.nr = vector
-        events.exception.has_error_code = error_code is not None
+        # Some vectors always push one, but real mode has none.
+        pushes_one = vector in x86.VECTORS_WITH_ERROR_CODE and self._protected(vcpu)
+        events.exception.has_error_code = error_code is not None or pushes_one
         events.exception.error_code = error_code or 0
         events.flags = 0  # only the exception: the other fields may be older than what is queued
         vcpu.handle.set(events)
         self._unhalt(vcpu)
 
-    def _move_rip_for_bp(self, vcpu: VcpuRecord, length: int) -> None:
-        """Move RIP so that the host, which adds what the probe found, saves RIP + `length`."""
+    def _protected(self, vcpu: VcpuRecord) -> bool:
+        return bool(vcpu.handle.get(kvm.kvm_sregs).cr0 & x86.CR0_PE)
+
+    def _let_kvm_inject_bp(self, vcpu: VcpuRecord, length: int) -> bool:
+        """Move RIP so that KVM, which adds what the probe found, saves RIP + `length`.
+
+        False where that cannot be relied on: then the #BP is delivered in software instead.
+        """
         injection = self.host.injection
-        if injection is Injection.NEXT_RIP:
-            return
         added = vcpu.last_bpt_length if injection is Injection.EXIT_LENGTH else 0
+        if injection is Injection.UNRELIABLE or (injection is Injection.EXIT_LENGTH and not added):
+            return False
         if length != added:
             regs = vcpu.handle.get(kvm.kvm_regs)
             regs.rip += length - added
             vcpu.handle.set(regs)
+        return True
+
+    def _deliver_queued_bp(self, vcpu: VcpuRecord) -> None:
+        """Deliver a #BP that KVM would not deliver right, as the processor does."""
+        with self._lock:
+            length, vcpu.bp_queued = vcpu.bp_queued or 0, None
+            vcpu.update_attention()
+        cpu = copy_state(self.memory, vcpu)
+        cpu.regs.rip += length
+        emulate.deliver(cpu, x86.VECTOR_BP)
+        write_state(vcpu, cpu)
 
     def inject_nmi(self, vcpu_id: int) -> None:
         """Raise a non-maskable interrupt, from any thread; wakes a halted vCPU.
@@ -555,6 +575,10 @@ class VM:
             return exits.Debug()
         if vcpu.halted:
             return exits.Hlt(bool(vcpu.kvm_run.if_flag))
+        if vcpu.bp_queued is not None:
+            self._deliver_queued_bp(vcpu)
+            if Capability.MTRAP_EXIT in vcpu.wanted:
+                return exits.Mtrap()
         return None
 
     def _complete_io(self, vcpu: VcpuRecord) -> exits.Exit | None:

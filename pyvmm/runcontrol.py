@@ -19,8 +19,8 @@ and the VM's:
        +------------------------------ resume, detach ------------------------------+
 
 - The first event claims the stop: `_stop` is set and all vCPUs are suspended.  The others park in
-  their handlers and claim again when they are resumed, so two vCPUs that hit at the same moment are
-  reported one after the other.  (A *finished step* is discarded instead when its vCPU is resumed:
+  their handlers; the resume that would let them run reports them instead, before anybody executes
+  an instruction.  So vCPUs that hit at the same moment are reported one after the other.  (A *finished step* is discarded instead when its vCPU is resumed:
   the resume says anew what the vCPU shall do.)
 - A breakpoint event is discarded if the breakpoint is gone by then: the guest's own instruction is
   back in memory and is simply executed.
@@ -60,25 +60,36 @@ _WATCH_STOPS = {
 }
 
 
+def _always() -> bool:
+    return True
+
+
 class VcpuState:
     """What run control knows of one vCPU."""
 
     def __init__(self) -> None:
         self.stepping: Action | None = None  # STEP or RANGE_STEP, armed
-        self.owed: StopReport | None = None  # an event that is not reported yet: stepped or hit
+        self.owed: StopReport | None = None  # an event that is not reported yet
+        self.stepped = False  # the owed event is a finished step, and nothing more
+        self.still_valid: Callable[[], bool] = _always  # asked before it is reported
 
 
 class RunControl:
     """Run control of one VM."""
 
-    def __init__(self, vm: VM, on_stop: Callable[[], None]) -> None:
-        """`on_stop` is called, on any thread and with locks held, when a stop has been claimed."""
+    def __init__(self, vm: VM, on_stop: Callable[[], None], catch_int3: bool = False) -> None:
+        """`on_stop` is called, on any thread and with locks held, when a stop has been claimed.
+
+        `catch_int3`: stop at the guest's own int3, unless a debugger says otherwise.
+        """
         self.vm = vm
+        self.catch_int3 = catch_int3
         self.breakpoints = Breakpoints(vm)
         self._on_stop = on_stop
         self._lock = threading.Lock()
         self._attached = False
         self._stop: StopReport | None = None  # claimed: the VM is stopping or stopped
+        self._running: frozenset[int] = frozenset()  # who was resumed last
         self._states: dict[int, VcpuState] = {}
 
     def handlers(self) -> dict[type, Handler]:
@@ -128,7 +139,9 @@ class RunControl:
                 self._claim(StopReport(self._first_vcpu(), SIGINT))
 
     def _first_vcpu(self) -> int:
-        return min(self.vm.active_cpus(), default=0)
+        """Whom to name for a stop that is nobody's event: one of those that run."""
+        active = self.vm.active_cpus()
+        return min(active & self._running or active, default=0)
 
     def wait_stopped(self, timeout: float) -> frozenset[int]:
         """Wait until the stop is complete; those that are not parked after `timeout` s."""
@@ -143,9 +156,14 @@ class RunControl:
             for vcpu_id, action in actions.items():
                 state = self._state(vcpu_id)
                 state.stepping = None if action.kind is ActionKind.CONTINUE else action
-                if state.owed is not None and state.owed.kind is StopKind.SIGNAL:
-                    state.owed = None  # a finished step: superseded by this action
+                if state.stepped:
+                    state.owed = None  # superseded by this action
             self._stop = None
+            for vcpu_id in actions:
+                self._try_to_report(vcpu_id)
+            if self._stop is not None:
+                return  # an event was waiting: nobody runs before it is reported
+            self._running = frozenset(actions)
             self.vm.hold_newcomers(not newcomers_run)
             for vcpu_id in actions:
                 if vcpu_id in self.vm.debug_cpus():
@@ -162,7 +180,8 @@ class RunControl:
             for state in self._states.values():
                 state.owed = None
             self.breakpoints.clear()
-            self.breakpoints.catch_int3 = False
+            self.breakpoints.catch_int3 = self.catch_int3
+            self._running = frozenset()
             self._stop = None
             self.vm.resume_cpu(ALL)
 
@@ -185,25 +204,37 @@ class RunControl:
 
     # --- for the vCPUs' threads ------------------------------------------------------------------
 
+    def _try_to_report(self, vcpu_id: int) -> None:
+        """Claim the stop for the event that a vCPU owes, or discard the event (with _lock held)."""
+        state = self._state(vcpu_id)
+        report = state.owed
+        if report is None:
+            return
+        if not self._attached or not state.still_valid():
+            state.owed = None
+        elif self._stop is None:
+            state.owed = None
+            self._claim(report)
+
     def _report(
-        self, cpu: VcpuThread, report: StopReport, still_valid: Callable[[], bool] | None = None
+        self,
+        cpu: VcpuThread,
+        report: StopReport,
+        still_valid: Callable[[], bool] = _always,
+        *,
+        stepped: bool = False,
     ) -> None:
         """Stop the VM for an event of this vCPU; returns when it runs again.
 
         Another vCPU may own the stop: then wait, and try again when resumed.  `still_valid` is
-        asked before each try; when it says no the event is discarded.
+        asked before each try, by whoever resumes or by us; when it says no the event is discarded.
         """
         state = self._state(cpu.vcpu_id)
         with self._lock:
-            state.owed = report
+            state.owed, state.still_valid, state.stepped = report, still_valid, stepped
         while True:
             with self._lock:
-                valid = still_valid is None or still_valid()
-                if not self._attached or not valid:
-                    state.owed = None
-                if state.owed is not None and self._stop is None:
-                    state.owed = None
-                    self._claim(report)
+                self._try_to_report(cpu.vcpu_id)
             if cpu.vcpu_id in self.vm.debug_cpus():
                 self.vm.sleep(cpu.vcpu_id)
             with self._lock:
@@ -218,7 +249,7 @@ class RunControl:
             self._report(
                 cpu,
                 StopReport(vcpu_id, SIGTRAP, StopKind.SWBREAK),
-                lambda: self.breakpoints.at(vcpu_id, gva),
+                lambda: self._pc(vcpu_id) == gva and self.breakpoints.at(vcpu_id, gva),
             )
             return
         if not self._int3_at_rip(vcpu_id):
@@ -249,7 +280,7 @@ class RunControl:
         if action.kind is ActionKind.RANGE_STEP and action.start <= self._pc(vcpu_id) < action.end:
             return
         self._end_step(vcpu_id)
-        self._report(cpu, StopReport(vcpu_id))
+        self._report(cpu, StopReport(vcpu_id), stepped=True)
 
     def _end_step(self, vcpu_id: int) -> None:
         with self._lock:
@@ -264,15 +295,21 @@ class RunControl:
         if not hits:
             self._guests_own_db(vcpu_id, exit.dr6)
             return
-        if self._state(vcpu_id).stepping is not None and exit.dr6 & x86.DR6_BS:
+        stepped = self._state(vcpu_id).stepping is not None and exit.dr6 & x86.DR6_BS
+        hits = [w for w in hits if not self.breakpoints.only_written(vcpu_id, w)]
+        if not hits:
+            if stepped:
+                self._on_mtrap(cpu, exits.Mtrap())
+            return
+        if stepped:
             self._end_step(vcpu_id)
         watch = hits[0]
-        if self.breakpoints.only_written(vcpu_id, watch):
-            return
         report = StopReport(vcpu_id, SIGTRAP, _WATCH_STOPS[watch.kind], watch.gva)
         is_code = watch.kind is BreakpointKind.HARDWARE
         # Data was touched, whatever becomes of the watchpoint; code would be executed again.
-        self._report(cpu, report, (lambda: watch in self.breakpoints.watches) if is_code else None)
+        self._report(
+            cpu, report, (lambda: watch in self.breakpoints.watches) if is_code else _always
+        )
 
     def _guests_own_db(self, vcpu_id: int, dr6: int) -> None:
         handle = self.vm.state(vcpu_id)

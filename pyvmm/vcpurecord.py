@@ -42,7 +42,7 @@ class Injection(Enum):
 
     NOTHING = "saves RIP as it is"
     EXIT_LENGTH = "adds the length of the last int3 that left the guest"
-    NEXT_RIP = "saves the address after the int3 that left the guest, whatever RIP is"
+    UNRELIABLE = "something else: pyvmm delivers the #BP itself"
 
 
 class HardwareBreakpoint(NamedTuple):
@@ -71,6 +71,7 @@ class VcpuRecord:
         self.thread_id: int | None = None  # the thread that runs it; None: not active
         self.debugged = False
         self.ended = False  # the VM is ending
+        self.bp_queued: int | None = None  # a #BP to deliver in software, RIP this much further
         self.asleep = False  # in vm.sleep()
         self.halted = False  # executed hlt, no in-kernel irqchip to wait in
         self.wanted: frozenset[Capability] = frozenset()
@@ -103,6 +104,7 @@ class VcpuRecord:
             or self.debugged
             or self.halted
             or self.stale
+            or self.bp_queued is not None
             or Capability.MTRAP_EXIT in self.wanted
         )
 

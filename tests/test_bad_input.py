@@ -1,4 +1,4 @@
-"""Images, numbers and guests that are wrong: one clear line, the right status, nothing left behind."""
+"""Images, numbers and guests that are wrong: one clear line, the right status, no traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instructions that pyvmm executes itself: frames, stacks, gates, and what it leaves to the host."""
+"""Instructions that pyvmm executes itself: frames, stacks, gates, what is left to the host."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Fixture:
         self.regs = kvm_regs(rip=CODE, rsp=STACK, rflags=2 | IF)
         self.msrs: dict[int, int] = {}
         self.nmis_unmasked: list[bool] = []
+        self.shadows: list[int] = []
         self.long = mode in (x86.CpuMode.LONG, x86.CpuMode.COMPAT32, x86.CpuMode.COMPAT16)
         if mode is x86.CpuMode.REAL:
             self.regs.rip = 0x100
@@ -71,6 +72,7 @@ class Fixture:
             self.memory.write,
             self.msrs.__getitem__,
             lambda: self.nmis_unmasked.append(True),
+            self.shadows.append,
         )
 
     def _protected(self, mode: x86.CpuMode, cpl: int) -> None:
@@ -634,6 +636,64 @@ def test_an_iret_that_faults_leaves_everything_untouched(
     put_frame(f, 8 if mode is LONG else 4, *frame)
     assert left_alone(f, b"\x48\xcf" if mode is LONG else b"\xcf")
     assert f.nmis_unmasked == []
+
+
+# --- sti and mov ss ------------------------------------------------------------------------------
+
+
+def test_sti_holds_interrupts_off_for_one_more_instruction() -> None:
+    f = Fixture(LONG)
+    f.regs.rflags = 2
+    assert f.run(b"\xfb")
+    assert (f.cpu.regs.rip, f.cpu.regs.rflags) == (CODE + 1, 2 | IF)
+    assert f.shadows == [emulate.SHADOW_STI]
+    assert f.run(b"\xfb")  # already on: no shadow
+    assert f.shadows == [emulate.SHADOW_STI]
+
+
+def test_sti_of_a_user_program_is_left_to_the_host() -> None:
+    f = Fixture(LONG, cpl=3)
+    f.regs.rflags = 2
+    assert left_alone(f, b"\xfb") and f.shadows == []
+
+
+def test_mov_ss_in_real_mode_moves_the_base() -> None:
+    f = Fixture(REAL)
+    f.regs.rax = 0xFFFF_1234
+    assert f.run(b"\x8e\xd0")
+    assert (f.cpu.sregs.ss.selector, f.cpu.sregs.ss.base) == (0x1234, 0x12340)
+    assert f.cpu.regs.rip == 0x102
+    assert f.shadows == [emulate.SHADOW_MOV_SS]
+
+
+@pytest.mark.parametrize(
+    ("code", "register"), [(b"\x8e\xd3", "rbx"), (b"\x41\x8e\xd3", "r11"), (b"\x48\x8e\xd7", "rdi")]
+)
+def test_mov_ss_takes_the_register_that_the_instruction_names(code: bytes, register: str) -> None:
+    f = Fixture(LONG)
+    setattr(f.regs, register, DATA)
+    assert f.run(code)
+    assert f.cpu.sregs.ss.selector == DATA
+    assert f.cpu.regs.rip == CODE + len(code)
+
+
+@pytest.mark.parametrize(
+    ("code", "selector"),
+    [
+        (b"\x8e\xd8", DATA),  # ds
+        (b"\x8e\x10", DATA),  # from memory
+        (b"\x8e\xd0", CODE64),
+        (b"\x8e\xd0", USER_DATA | 3),
+        (b"\x8e\xd0", 0x40),
+        (b"\x8e", DATA),
+    ],
+)
+def test_a_mov_ss_that_faults_and_other_moves_leave_everything_untouched(
+    code: bytes, selector: int
+) -> None:
+    f = Fixture(LONG)
+    f.regs.rax = selector
+    assert left_alone(f, code) and f.shadows == []
 
 
 # --- fetch ---------------------------------------------------------------------------------------

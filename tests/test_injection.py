@@ -29,11 +29,6 @@ LENGTH = Register.GUEST_ENTRY_INST_LENGTH
 WRONG_LENGTHS = [0, 2, 5, 15]  # for an int3 of one byte
 
 
-def has_length_field() -> bool:
-    """Whether the host has a VM-entry instruction length, by what the probe found."""
-    return host().injection is not Injection.NEXT_RIP
-
-
 def refusal(call: Callable[..., object], *arguments: object) -> int | None:
     with pytest.raises(OSError) as caught:
         call(*arguments)
@@ -80,7 +75,7 @@ def test_saved_rip_is_rip_plus_the_length_that_was_asked_for(mode: LabMode, leng
         hit_int3(bench)
         bench.vm.set_register(0, LENGTH, length)
         bench.vm.inject_exception(0, VECTOR_BP)
-        assert_handled_by_guest(bench, start + (length if has_length_field() else 1))
+        assert_handled_by_guest(bench, start + length)
 
 
 @pytest.mark.parametrize("mode", LabMode)
@@ -94,7 +89,7 @@ def test_restart_instruction_returns_to_the_int3(mode: LabMode) -> None:
         hit_int3(bench)
         bench.vm.set_register(0, LENGTH, 2)
         bench.vm.inject_exception(0, VECTOR_BP, restart_instruction=True)
-        assert_handled_by_guest(bench, start + (0 if has_length_field() else 2))
+        assert_handled_by_guest(bench, start)
 
 
 @pytest.mark.parametrize("mode", LabMode)
@@ -130,10 +125,7 @@ def test_breakpoint_can_be_injected_where_there_was_none(mode: LabMode, length: 
         exit = bench.enter()
         assert isinstance(exit, exits.Hlt), exit
         assert bench.delivered_vector() == VECTOR_BP
-        if has_length_field():
-            assert bench.pushed_rip() == start + length
-        else:
-            assert bench.pushed_rip() in (start, start + 1, start + length)  # its own idea
+        assert bench.pushed_rip() == start + length
 
 
 def test_breakpoint_is_handed_back_after_other_debug_exits_came_between() -> None:
@@ -178,14 +170,11 @@ def test_int3_that_is_met_while_stepping_is_handed_back(form: str) -> None:
 # --- the pseudo-register -----------------------------------------------------------------------
 
 
-def test_entry_instruction_length_reads_back_where_the_host_has_it() -> None:
+def test_entry_instruction_length_reads_back() -> None:
     with Bench(NOP) as bench:
         for length in (0, 1, 15):
             bench.vm.set_register(0, LENGTH, length)
-            if has_length_field():
-                assert bench.vm.get_register(0, LENGTH) == length
-            else:
-                assert refusal(bench.vm.get_register, 0, LENGTH) == errno.EINVAL
+            assert bench.vm.get_register(0, LENGTH) == length
         assert refusal(bench.vm.set_register, 0, LENGTH, 16) == errno.EINVAL
         assert refusal(bench.vm.set_register, 0, LENGTH, -1) == errno.EINVAL
 

@@ -200,7 +200,7 @@ def test_every_struct_of_kvm_py_is_compared() -> None:
 def test_every_struct_refuses_a_misspelt_field() -> None:
     for name, kind in structs().items():
         with pytest.raises(AttributeError):
-            kind().misspelt = 1  # type: ignore[attr-defined]
+            kind().misspelt = 1
         assert "__slots__" in vars(kind), name
 
 
@@ -237,7 +237,7 @@ def test_an_argument_smaller_than_the_ioctl_says_is_refused_before_the_kernel_se
 def test_a_flexible_array_follows_its_header_without_a_gap() -> None:
     msrs = kvm.flexible(kvm.kvm_msrs, kvm.kvm_msr_entry, 3)
     assert msrs.entries.offset == 8 and ctypes.sizeof(msrs) == 8 + 3 * 16
-    mask = kvm.flexible(kvm.kvm_signal_mask, kvm.c_uint8, 8)
+    mask = kvm.flexible(kvm.kvm_signal_mask, ctypes.c_uint8, 8)
     assert mask.entries.offset == 4 and ctypes.sizeof(mask) == 12
 
 

@@ -151,7 +151,7 @@ def users_of(library: str) -> set[str]:
 
 
 def test_ctypes_is_used_only_where_the_kernel_s_or_the_guest_s_bytes_are() -> None:
-    assert users_of("ctypes") <= {"kvm", "memory", "coalesced"}
+    assert users_of("ctypes") <= {"kvm", "memory", "coalesced", "hypervisor", "stats"}
 
 
 def test_only_the_debug_server_knows_sockets() -> None:

@@ -18,7 +18,7 @@ PATIENCE = 10
 
 
 def mappings() -> int:
-    """How many mappings are KVM's or may be guest RAM: large and writable, unlike malloc's arenas."""
+    """How many mappings are KVM's, or large and writable as guest RAM (malloc's arenas are not)."""
     found = 0
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
@@ -126,7 +126,7 @@ def test_a_machine_that_failed_while_it_was_built_leaves_nothing(
         with monkeypatch.context() as patch:
 
             def fail(*_: object, **__: object) -> None:
-                raise MemoryError(name)
+                raise MemoryError
 
             patch.setattr(machine, name, fail)
             with pytest.raises((MemoryError, TypeError, AttributeError)):
@@ -223,7 +223,7 @@ def test_the_thread_that_does_not_stop_is_named_when_another_vcpu_ends_the_vm(
 ) -> None:
     monkeypatch.setattr(machine, "_JOIN_SECONDS", 0.3)
     guest = tmp_path / "stuck.bin"
-    # vCPU 0 writes to 0x1000 and stays there; the others wait for a byte in memory, then debug-exit.
+    # vCPU 0 writes to 0x1000 and stays there; the other waits for a byte in memory, then ends.
     guest.write_bytes(bytes.fromhex("85ff 7506 66ba0010 ee f4  803c250000200000 74f6 e6f4"))
     release, inside = threading.Event(), threading.Event()
 
