@@ -46,7 +46,9 @@ def _arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="a smoke test of a few seconds, not figures to quote"
     )
     parser.add_argument("--rounds", type=int, metavar="N", help=f"samples of each ({ROUNDS})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything to FILE as well"
+    )
     return parser.parse_args()
 
 

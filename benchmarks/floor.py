@@ -34,9 +34,7 @@ def run(folder: Path, mode: str, guest: Path, number: int = 1) -> list[list[floa
     Raises Unavailable with the floor's own message when it fails.
     """
     command = [str(program(folder)), mode, str(guest), str(number)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=_SECONDS
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     if done.returncode:
         raise Unavailable(done.stderr.strip() or f"floor ended with status {done.returncode}")
     return [[float(word) for word in line.split()] for line in done.stdout.splitlines()]

@@ -45,7 +45,15 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
             ratios = [_spread(result.ratio(peer)), _spread(result.cpu_ratio(peer))]
             # The goal stands beside the peer that it names, or on the first line if it names none.
             here = goal is not None and (goal.peer == peer or (not goal.peer and bool(first[0])))
-            rows.append([*first, peer, figure, *ratios, *([str(goal), _verdict(result)] if here else ["", ""])])
+            rows.append(
+                [
+                    *first,
+                    peer,
+                    figure,
+                    *ratios,
+                    *([str(goal), _verdict(result)] if here else ["", ""]),
+                ]
+            )
             first = ["", "", ""]
     return rows
 
@@ -54,7 +62,9 @@ def table(results: Sequence[Result]) -> str:
     """Medians (lowest-highest), aligned in columns."""
     rows = _rows(results)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 

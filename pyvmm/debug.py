@@ -91,6 +91,7 @@ class DebugServer:
         """
         self.machine = machine
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()  # guards: not written after it was closed
         self._selector = selectors.PollSelector()  # epoll takes no files: stdin
         self._listener: socket.socket | None = None
         self._connection: Connection | None = None
@@ -166,13 +167,17 @@ class DebugServer:
             if self._address.path:
                 os.unlink(self._address.path)
         self._selector.close()
-        os.close(self._wake)
-        self._wake = -1
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
 
     # --- the gdb thread --------------------------------------------------------------------------
 
     def _wake_up(self) -> None:
-        os.eventfd_write(self._wake, 1)
+        """Make the gdb thread look.  From any thread, also when serving is over."""
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def _serve(self) -> None:
         try:
@@ -220,6 +225,9 @@ class DebugServer:
             sock, _ = self._listener.accept()
         except OSError:  # gone again
             return
+        # Its predecessor may have gone just before, and the news be still unread.
+        while self._connection is not None and self._on_bytes():
+            pass
         if self._connection is not None:
             # A packet that every client shows or ignores, and nothing that disturbs the first one.
             sock.close()
@@ -236,12 +244,12 @@ class DebugServer:
         self._connection = Connection(sock, self.target)
         self._selector.register(sock, selectors.EVENT_READ, self._on_bytes)
 
-    def _on_bytes(self) -> None:
+    def _on_bytes(self) -> bool:
+        """Deal with what the debugger has sent; False when it was nothing."""
         connection = self._connection
-        if connection is None:  # dropped by an event of the same round
-            return
-        if not connection.flush():
-            return
+        # None: dropped by an event of the same round.
+        if connection is None or not connection.flush():
+            return False
         data = connection.receive()
         if data is not None:
             connection.handle(data)
@@ -249,6 +257,7 @@ class DebugServer:
             self._drop()
         else:
             self._watch_writable(not connection.flush())
+        return data != b""
 
     def _watch_writable(self, blocked: bool) -> None:
         connection = self._connection

@@ -1,6 +1,7 @@
 """A vCPU's registers as the debugger's table names them: structures <-> a mapping.
 
-The table itself is registers.py.  x87, SSE and AVX state go through XSAVE: KVM_SET_FPU forgets MXCSR.
+The table itself is registers.py.  x87, SSE and AVX state go through XSAVE: KVM_SET_FPU forgets
+MXCSR.
 Used only while the vCPU is parked.
 """
 

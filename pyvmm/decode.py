@@ -64,6 +64,7 @@ def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
         vcpu.last_bpt_length = length
         return _bpt(vm, vcpu, length)
+    vcpu.last_bpt_length = 0  # KVM on Intel keeps one length for #DB and #BP
     if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
         return exits.Db(debug.dr6)
     if Capability.MTRAP_EXIT in vcpu.wanted:

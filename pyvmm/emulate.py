@@ -14,6 +14,7 @@ instruction is left to the host.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,14 +53,20 @@ class Cpu:
     def cpl(self) -> int:
         return int(self.sregs.ss.dpl)
 
+    def advance(self, count: int) -> None:
+        """Move RIP by `count` bytes; it wraps at the width that the mode gives it."""
+        bits = {CpuMode.LONG: 64, CpuMode.REAL: 16, CpuMode.V8086: 16}.get(self.mode, 32)
+        self.regs.rip = self.regs.rip + count & (1 << bits) - 1
+
     def fetch(self, length: int = 15) -> bytes:
         """Up to `length` instruction bytes at RIP; fewer where the mapping ends."""
         gva = linear_address(self.sregs.cs.base, self.regs.rip, self.mode)
-        try:
-            return self.read(gva, length)
-        except Exception:
-            in_page = 4096 - gva % 4096
-            return self.read(gva, in_page) if in_page < length else b""
+        for readable in (length, 4096 - gva % 4096):  # the mapping can end with the page
+            try:
+                return self.read(gva, min(readable, length))
+            except Exception:
+                continue
+        return b""
 
 
 def complete(cpu: Cpu, code: bytes) -> bool:
@@ -70,26 +77,35 @@ def complete(cpu: Cpu, code: bytes) -> bool:
     prefixes, rest = x86.split_prefixes(code, cpu.mode)
     for opcode, execute in INSTRUCTIONS:
         if rest.startswith(opcode):
-            before = kvm_regs.from_buffer_copy(cpu.regs), kvm_sregs.from_buffer_copy(cpu.sregs)
-            try:
-                execute(cpu, prefixes, rest)
-                return True
-            except Exception:  # a fault on the way: the host raises the right one
-                cpu.regs, cpu.sregs = before
-                return False
+            return _or_undo(cpu, functools.partial(execute, cpu, prefixes, rest))
     return False
+
+
+def deliver_or_undo(cpu: Cpu, vector: int) -> bool:
+    """deliver(), or False with nothing changed where it would fault on the way."""
+    return _or_undo(cpu, lambda: deliver(cpu, vector))
+
+
+def _or_undo(cpu: Cpu, change: Callable[[], None]) -> bool:
+    before = kvm_regs.from_buffer_copy(cpu.regs), kvm_sregs.from_buffer_copy(cpu.sregs)
+    try:
+        change()
+        return True
+    except Exception:  # a fault on the way: the host raises the right one
+        cpu.regs, cpu.sregs = before
+        return False
 
 
 # --- instructions: (cpu, prefixes, the rest of the bytes) ---------------------------------------
 
 
 def _int3(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
-    cpu.regs.rip += len(prefixes) + 1
+    cpu.advance(len(prefixes) + 1)
     deliver(cpu, x86.VECTOR_BP)
 
 
 def _int_n(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
-    cpu.regs.rip += len(prefixes) + 2
+    cpu.advance(len(prefixes) + 2)
     deliver(cpu, rest[1])
 
 
@@ -99,7 +115,7 @@ def _pushf(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     size = _operand_size(cpu, prefixes)
     if cpu.mode is CpuMode.LONG and size == 4:
         size = 8  # pushes have no 32-bit form in 64-bit mode
-    cpu.regs.rip += len(prefixes) + 1
+    cpu.advance(len(prefixes) + 1)
     _Stack(cpu, size).push(cpu.regs.rflags & ~(x86.RFLAGS_VM | x86.RFLAGS_RF)).store()
 
 
@@ -128,17 +144,17 @@ def _syscall(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
 def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     """Intel SDM vol. 2A, "IRET/IRETD/IRETQ"."""
     mode, size = cpu.mode, _operand_size(cpu, prefixes)
-    if (
-        mode in (CpuMode.V8086, CpuMode.COMPAT16, CpuMode.COMPAT32)
-        or cpu.regs.rflags & x86.RFLAGS_NT
-    ):
-        raise CannotComplete("a mode or a task return that nobody has asked for")
+    if mode in (CpuMode.V8086, CpuMode.COMPAT16, CpuMode.COMPAT32):
+        raise CannotComplete("a mode in which no kernel runs")
+    if mode is not CpuMode.REAL and (cpu.cpl > 0 or cpu.regs.rflags & x86.RFLAGS_NT):
+        raise CannotComplete("IOPL matters, or a task return")
     stack = linear_address(cpu.sregs.ss.base, cpu.regs.rsp, mode)
+
+    def word(n: int) -> int:
+        return int.from_bytes(cpu.read(stack + n * size, size), "little")
+
+    rip, cs, rflags = word(0), word(1), word(2)
     words = 5 if mode is CpuMode.LONG else 3
-    data = cpu.read(stack, 5 * size)
-    rip, cs, rflags, rsp, ss = (
-        int.from_bytes(data[n * size : (n + 1) * size], "little") for n in range(5)
-    )
     if mode is CpuMode.REAL:
         cpu.sregs.cs.selector, cpu.sregs.cs.base = cs, cs << 4
     else:
@@ -149,7 +165,8 @@ def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
         if new_cpl > old_cpl:
             words = 5
         if words == 5:
-            cpu.sregs.ss = _return_stack_segment(cpu, ss, new_cpl)
+            rsp = word(3)
+            cpu.sregs.ss = _return_stack_segment(cpu, word(4), new_cpl)
         cpu.sregs.cs = target
         if new_cpl > old_cpl:
             _forget_privileged_segments(cpu, new_cpl)
@@ -167,7 +184,7 @@ def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
 def _sti(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     if cpu.mode is CpuMode.V8086 or (cpu.mode is not CpuMode.REAL and cpu.cpl > 0):
         raise CannotComplete("IOPL matters")
-    cpu.regs.rip += len(prefixes) + 1
+    cpu.advance(len(prefixes) + 1)
     if not cpu.regs.rflags & x86.RFLAGS_IF:
         cpu.regs.rflags |= x86.RFLAGS_IF
         cpu.shadow(SHADOW_STI)
@@ -188,7 +205,7 @@ def _mov_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
         raise CannotComplete("#GP, or virtual-8086 mode")
     else:
         cpu.sregs.ss = _return_stack_segment(cpu, selector, cpu.cpl)
-    cpu.regs.rip += len(prefixes) + 2
+    cpu.advance(len(prefixes) + 2)
     cpu.shadow(SHADOW_MOV_SS)
 
 
@@ -197,7 +214,7 @@ _REGISTERS = (
     *(f"r{n}" for n in range(8, 16)),
 )
 
-_RFLAGS_LOADABLE = 0x3F7FD7
+_RFLAGS_LOADABLE = 0x3F7FD7 & ~x86.RFLAGS_VM
 
 
 def _return_code_segment(cpu: Cpu, selector: int) -> kvm_segment:

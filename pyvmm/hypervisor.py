@@ -48,7 +48,6 @@ from pyvmm.vcpurecord import (
     Injection,
     VcpuRecord,
     VmError,
-    forget_kick,
 )
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class VM:
             vcpu.debugged = False
             vcpu.update_attention()
             self._parked.notify_all()
-        forget_kick()
+        self.take_kick(vcpu)
 
     def active_cpus(self) -> frozenset[int]:
         """The ids of the vCPUs that have a thread."""
@@ -196,8 +195,19 @@ class VM:
     def _kick(self, vcpu: VcpuRecord) -> None:
         # The lock guards "this thread still exists": pthread_kill on a finished one may crash.
         vcpu.wake.notify_all()
-        if vcpu.thread_id is not None and not vcpu.asleep:
+        if vcpu.thread_id is not None and not vcpu.asleep and not vcpu.kicked:
+            vcpu.kicked = True  # one at a time: real-time signals queue up
             signal.pthread_kill(vcpu.thread_id, KICK_SIGNAL)
+
+    def take_kick(self, vcpu: VcpuRecord) -> None:
+        """KVM_RUN was interrupted: take the signal away, on the vCPU's own thread.
+
+        Whoever kicks after `kicked` was cleared sends another one; whoever found it set has changed
+        what the run loop is about to look at.
+        """
+        signal.sigtimedwait({KICK_SIGNAL}, 0)
+        with self._lock:
+            vcpu.kicked = False
 
     def _record(self, vcpu_id: int) -> VcpuRecord:
         vcpu = self._vcpus.get(vcpu_id)
@@ -440,18 +450,21 @@ class VM:
                     vcpu.halted = False
                     vcpu.update_attention()
                 return
+        self._inject(vcpu, vector, error_code)
+        self._unhalt(vcpu)
+
+    def _inject(self, vcpu: VcpuRecord, vector: int, error_code: int | None) -> None:
+        """Let KVM deliver an exception at the next entry."""
+        # Some vectors always push an error code, but real mode has none.
+        protected = vcpu.handle.get(kvm.kvm_sregs).cr0 & x86.CR0_PE
+        pushes_one = vector in x86.VECTORS_WITH_ERROR_CODE and bool(protected)
+        events = vcpu.handle.get(kvm.kvm_vcpu_events)
         events.exception.injected = 1
         events.exception.nr = vector
-        # Some vectors always push one, but real mode has none.
-        pushes_one = vector in x86.VECTORS_WITH_ERROR_CODE and self._protected(vcpu)
         events.exception.has_error_code = error_code is not None or pushes_one
         events.exception.error_code = error_code or 0
         events.flags = 0  # only the exception: the other fields may be older than what is queued
         vcpu.handle.set(events)
-        self._unhalt(vcpu)
-
-    def _protected(self, vcpu: VcpuRecord) -> bool:
-        return bool(vcpu.handle.get(kvm.kvm_sregs).cr0 & x86.CR0_PE)
 
     def _let_kvm_inject_bp(self, vcpu: VcpuRecord, length: int) -> bool:
         """Move RIP so that KVM, which adds what the probe found, saves RIP + `length`.
@@ -463,9 +476,9 @@ class VM:
         if injection is Injection.UNRELIABLE or (injection is Injection.EXIT_LENGTH and not added):
             return False
         if length != added:
-            regs = vcpu.handle.get(kvm.kvm_regs)
-            regs.rip += length - added
-            vcpu.handle.set(regs)
+            cpu = copy_state(self.memory, vcpu)
+            cpu.advance(length - added)
+            vcpu.handle.set(cpu.regs)
         return True
 
     def _deliver_queued_bp(self, vcpu: VcpuRecord) -> None:
@@ -474,9 +487,12 @@ class VM:
             length, vcpu.bp_queued = vcpu.bp_queued or 0, None
             vcpu.update_attention()
         cpu = copy_state(self.memory, vcpu)
-        cpu.regs.rip += length
-        emulate.deliver(cpu, x86.VECTOR_BP)
-        write_state(vcpu, cpu)
+        cpu.advance(length)
+        if emulate.deliver_or_undo(cpu, x86.VECTOR_BP):
+            write_state(vcpu, cpu)
+        else:  # it would fault on the way: KVM raises the right fault
+            vcpu.handle.set(cpu.regs)
+            self._inject(vcpu, x86.VECTOR_BP, None)
 
     def inject_nmi(self, vcpu_id: int) -> None:
         """Raise a non-maskable interrupt, from any thread; wakes a halted vCPU.
@@ -533,7 +549,7 @@ class VM:
                 exit = decode(self, vcpu)
             else:
                 exit = None
-                forget_kick()
+                self.take_kick(vcpu)
             vcpu.last_exit = exit
             if exit is not None:
                 return exit

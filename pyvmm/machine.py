@@ -140,7 +140,6 @@ class Machine:
         memory and registers can be looked at, and run() goes on.  After the end it returns the
         same Stop again.
         """
-        self._interrupted = False
         if self._stop is None:
             limiter = None if max_exits is None else _ExitLimiter(self, max_exits)
             for thread in self.threads.values():
@@ -155,7 +154,10 @@ class Machine:
             stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
             if stop is not None:
                 self.vm.suspend_cpu(ALL)
-                self.vm.wait_parked(self.threads)
+                late = self.vm.wait_parked(self.threads, _JOIN_SECONDS)
+                if late:
+                    names = ", ".join(self.threads[n].name for n in sorted(late))
+                    raise RuntimeError(f"{names} did not stop within {_JOIN_SECONDS:g} s")
                 self.drain_output()
                 if self._stop is None:
                     return stop
@@ -182,6 +184,7 @@ class Machine:
             if self._stop is not None:
                 return None
             if self._interrupted:
+                self._interrupted = False
                 return Stop(StopReason.INTERRUPTED, "interrupted")
             if limiter is not None and limiter.reached:
                 return Stop(StopReason.EXIT_LIMIT, f"{limiter.limit} exits")

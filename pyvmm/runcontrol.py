@@ -20,8 +20,9 @@ and the VM's:
 
 - The first event claims the stop: `_stop` is set and all vCPUs are suspended.  The others park in
   their handlers; the resume that would let them run reports them instead, before anybody executes
-  an instruction.  So vCPUs that hit at the same moment are reported one after the other.  (A *finished step* is discarded instead when its vCPU is resumed:
-  the resume says anew what the vCPU shall do.)
+  an instruction.  So vCPUs that hit at the same moment are reported one after the other.  (A
+  *finished step* is discarded instead when its vCPU is resumed: the resume says anew what the
+  vCPU shall do.)
 - A breakpoint event is discarded if the breakpoint is gone by then: the guest's own instruction is
   back in memory and is simply executed.
 - Every stop disarms all steps.  Detaching also takes out all breakpoints.
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from pyvmm import exits, kvm, vcpu, x86
 from pyvmm.breakpoints import Breakpoints
@@ -263,10 +265,10 @@ class RunControl:
     def _pass_to_guest(self, cpu: VcpuThread, inst_length: int) -> None:
         """Deliver the guest's own int3 to it, as one step if this vCPU is stepping."""
         vcpu_id = cpu.vcpu_id
-        if self.vm.get_capability(vcpu_id, Capability.MTRAP_EXIT):
-            if self.vm.execute_in_software(vcpu_id):
-                self._on_mtrap(cpu, exits.Mtrap())
-                return
+        stepping = self.vm.get_capability(vcpu_id, Capability.MTRAP_EXIT)
+        if stepping and self.vm.execute_in_software(vcpu_id):
+            self._on_mtrap(cpu, exits.Mtrap())
+            return
         self.vm.set_register(vcpu_id, Register.GUEST_ENTRY_INST_LENGTH, inst_length)
         self.vm.inject_exception(vcpu_id, x86.VECTOR_BP)
 
@@ -316,10 +318,9 @@ class RunControl:
         debugregs = handle.get(kvm.kvm_debugregs)
         debugregs.dr6 |= dr6
         handle.set(debugregs)
-        try:
+        # When another exception is pending: the processor drops the trap then, too.
+        with suppress(VmError):
             self.vm.inject_exception(vcpu_id, x86.VECTOR_DB)
-        except VmError:  # another exception is pending: the processor drops the trap then, too
-            pass
 
     def _on_crash(self, cpu: VcpuThread, exit: exits.Exit) -> None:
         """The guest cannot go on: let the debugger look at it before the VM ends."""

@@ -25,7 +25,7 @@ from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.steptraps import StepTraps, leave_handler_frame
-from pyvmm.vcpurecord import Capability, VcpuRecord, forget_kick
+from pyvmm.vcpurecord import Capability, VcpuRecord
 
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
@@ -61,7 +61,7 @@ class Stepper:
         with self._lock:
             self._traps.plant(cpu, VirtualMemory(self._memory, cpu.sregs))
             try:
-                if not _enter_until_progress(vcpu, cpu):
+                if not _enter_until_progress(vm, vcpu, cpu):
                     return None
                 after = copy_state(vm.memory, vcpu)
                 faulted = self._traps.hit(after, cpu.regs.rip)
@@ -130,7 +130,7 @@ def _repeated_out(vcpu: VcpuRecord, cpu: emulate.Cpu) -> bool:
     return left == 0 and rest[:1] in _STRING_OPCODES and bool({0xF2, 0xF3} & set(prefixes))
 
 
-def _enter_until_progress(vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
     """Enter with the trap flag armed; False when that was interrupted."""
     start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
     for _ in range(_MAX_REPEATS):
@@ -138,7 +138,7 @@ def _enter_until_progress(vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
         vcpu.set_guest_debug()
         if not kvm.run(vcpu.fd):
             vcpu.last_exit = None
-            forget_kick()
+            vm.take_kick(vcpu)
             return False
         run = vcpu.kvm_run
         if run.exit_reason != kvm.KVM_EXIT_DEBUG or run.debug.pc != start:

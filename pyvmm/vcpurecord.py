@@ -16,11 +16,6 @@ from pyvmm import exits, kvm
 KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
 
 
-def forget_kick() -> None:
-    """Take a pending KICK_SIGNAL of this thread away."""
-    signal.sigtimedwait({KICK_SIGNAL}, 0)
-
-
 class VmError(OSError):
     """The VM refused a request; `errno` says which way (as bhyve's ioctls do)."""
 
@@ -69,6 +64,7 @@ class VcpuRecord:
         self.kvm_run, self.map = handle.run, handle.map
         # Guarded by VM._lock.
         self.thread_id: int | None = None  # the thread that runs it; None: not active
+        self.kicked = False  # KICK_SIGNAL was sent and has not been taken
         self.debugged = False
         self.ended = False  # the VM is ending
         self.bp_queued: int | None = None  # a #BP to deliver in software, RIP this much further

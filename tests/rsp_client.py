@@ -23,6 +23,7 @@ from pyvmm.stop import Stop
 
 PATIENCE = 30.0  # seconds to wait for what must come: never reached unless there is a bug
 BASE = 0x100000  # where the guests made here are loaded
+RAM = 4 << 20  # bytes
 COUNTERS = 0x20000  # GPA; 64 bytes for each vCPU
 
 RIP, EFLAGS, RSP = 16, 17, 7  # numbers of registers in the 64-bit target description
@@ -280,7 +281,7 @@ class Debuggee:
     ) -> None:
         """`prepare` is called before the machine runs: for devices and memory contents."""
         image = flat_image(guest) if isinstance(guest, bytes) else guest
-        self.machine = Machine(image, cpus=cpus, memory=4 << 20)
+        self.machine = Machine(image, cpus=cpus, memory=RAM)
         if prepare is not None:
             prepare(self.machine)
         try:
@@ -342,9 +343,9 @@ class Debuggee:
 
     # --- what the guest really has, without the debugger ---
 
-    def memory(self, gpa: int = 0, length: int = 4 << 20) -> bytes:
-        """Guest memory as it is, patched bytes and all."""
-        return self.vm.memory.read(gpa, length)
+    def memory(self, gpa: int = 0, length: int | None = None) -> bytes:
+        """Guest memory as it is, patched bytes and all; to the end of it without `length`."""
+        return self.vm.memory.read(gpa, RAM - gpa if length is None else length)
 
     def counter(self, vcpu_id: int = 0) -> int:
         """The counter of a vCPU that runs COUNT (see below)."""

@@ -11,7 +11,7 @@ from pyvmm import exits, kvm
 from pyvmm.cpustate import Register
 from pyvmm.hostprobe import host
 from pyvmm.lab import CODE, HANDLERS, STACK, USER_STACK, LabMode
-from pyvmm.vcpurecord import EXECUTE, Capability, HardwareBreakpoint, Injection
+from pyvmm.vcpurecord import EXECUTE, Capability, HardwareBreakpoint
 from pyvmm.x86 import (
     VECTOR_BP,
     VECTOR_DF,

@@ -58,7 +58,9 @@ def _contenders(flags: Sequence[str], context: Context) -> Iterator[Contenders]:
     python += ["-X", f"pycache_prefix={context.folder / 'pycache'}"]
     program = ["-m", "pyvmm", str(HELLO)]
     if "-I" in flags:  # -I leaves the current folder out of sys.path
-        main = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = [{str(HELLO)!r}]"
+        main = (
+            f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); sys.argv[1:] = [{str(HELLO)!r}]"
+        )
         program = ["-c", f"{main}; runpy.run_module('pyvmm', run_name='__main__')"]
     yield {
         PYVMM: lambda: _process([*python, *program], environment, _GREETING),
