@@ -117,14 +117,11 @@ class Result:
         return self._ratio(peer, lambda sample: sample.cpu)
 
     def _ratio(self, peer: str, figure: Callable[[Sample], float | None]) -> Spread | None:
-        pairs = [
-            (ours, theirs)
-            for ours, theirs in zip(
-                map(figure, self.samples.get(PYVMM, [])), map(figure, self.samples.get(peer, []))
-            )
-            if ours is not None and theirs
-        ]
-        return Spread.of([ours / theirs for ours, theirs in pairs]) if pairs else None
+        ours = map(figure, self.samples.get(PYVMM, []))
+        theirs = map(figure, self.samples.get(peer, []))
+        pairs = zip(ours, theirs)  # noqa: B905  # strict= would fail for a peer that dropped out
+        ratios = [mine / its for mine, its in pairs if mine is not None and its]
+        return Spread.of(ratios) if ratios else None
 
     @property
     def peers(self) -> list[str]:

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run pyvmm with these arguments (sys.argv by default); returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    _open_standard_descriptors()
     try:
         if arguments.probe:
             return _probe(arguments)
@@ -68,8 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"pyvmm: {message}", file=sys.stderr)
+    try:
+        print(f"pyvmm: {message}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads stderr: say nothing more, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return status
+
+
+def _open_standard_descriptors() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed: else /dev/kvm might land there."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
 
 
 def _advice(error: OSError, device: str) -> str:
@@ -236,7 +249,7 @@ def _run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             coalesce=not arguments.trace,  # a trace shows each byte
         ) as machine:
-            machine.on_end(output.stop)
+            machine.on_hurry(output.stop)
             tracer = _trace(machine) if arguments.trace else None
             server = _debug_server(machine, arguments) if arguments.gdb else None
             try:
@@ -294,7 +307,9 @@ def _run_until_signal(
         received.append(number)
         machine.interrupt()
 
-    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored (nohup) stays ignored.
+    wanted = [n for n in _ENDING_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {n: signal.signal(n, on_signal) for n in wanted}
     try:
         with RawTerminal(0 if keyboard else -1):
             if keyboard and sys.stdin is not None:
@@ -304,6 +319,9 @@ def _run_until_signal(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return stop, received[0] if received else None
+
+
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def _report(machine: Machine, stop: Stop, signal_number: int | None, tracer: Tracer | None) -> int:

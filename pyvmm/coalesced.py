@@ -3,8 +3,8 @@
 The ring is one page, shared by all vCPUs of a VM and found at a fixed offset of any vCPU's map
 (api.rst, KVM_REGISTER_COALESCED_MMIO).  The kernel moves `last`, we move `first`; when the ring is
 full a write leaves the guest as usual.  Whoever handles an exit drains the ring first, so coalesced
-output is never reordered against an exit; machine.py also drains it on a timer, for a guest that
-prints and then computes.
+output is never reordered against an exit; a Drainer also does so 50 times a second, for a guest
+that prints and then computes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
+import operator
+import signal
 import struct
 import threading
 from collections.abc import Callable
@@ -22,6 +24,9 @@ _ENTRY = struct.Struct("<QIIB7x")  # struct kvm_coalesced_mmio; our zones take s
 _RING_OFFSET = kvm.KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
 _ENTRIES_OFFSET = _RING_OFFSET + ctypes.sizeof(kvm.kvm_coalesced_mmio_ring)
 _CAPACITY = (mmap.PAGESIZE - ctypes.sizeof(kvm.kvm_coalesced_mmio_ring)) // _ENTRY.size
+
+
+_port = operator.itemgetter(0)
 
 
 class CoalescedPorts:
@@ -43,11 +48,13 @@ class CoalescedPorts:
             return
         with self._lock:
             first, last = ring.first, ring.last
-            entries = self._entries(first, last)
-            ring.first = last
-            # Sinks are called with the lock held: that is what keeps two drainers in order.
-            for port, run in itertools.groupby(entries, key=lambda entry: entry[0]):
-                self._sinks[port](bytes(value for _, _, _, value in run))
+            # Sinks are called with the lock held, and `first` moves only when all is printed: so
+            # whoever finds the ring empty knows that everything before its own exit is out.
+            try:
+                for port, run in itertools.groupby(self._entries(first, last), key=_port):
+                    self._sinks[port](bytes(value for _, _, _, value in run))
+            finally:
+                ring.first = last
 
     def _entries(self, first: int, last: int) -> list[tuple[int, int, int, int]]:
         def between(start: int, end: int) -> list[tuple[int, int, int, int]]:
@@ -63,3 +70,28 @@ class CoalescedPorts:
     def close(self) -> None:
         """Let go of the map, which cannot be closed before."""
         del self._ring, self._map
+
+
+class Drainer(threading.Thread):
+    """Drains the ring for a guest that prints and then makes no exits for a while."""
+
+    _SECONDS = 0.02
+
+    def __init__(self, ports: CoalescedPorts, on_error: Callable[[Exception], None]) -> None:
+        super().__init__(name="drain", daemon=True)
+        self._ports, self._on_error = ports, on_error
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """The thread's body."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for main
+        try:
+            while not self._stopped.wait(self._SECONDS):
+                self._ports.drain()
+        except Exception as error:
+            self._on_error(error)
+
+    def stop(self, timeout: float) -> None:
+        """End the thread; what it is printing is printed first."""
+        self._stopped.set()
+        self.join(timeout)

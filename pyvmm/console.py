@@ -6,6 +6,7 @@ but never the end of the VM: the wait ends when close() is called.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import termios
@@ -59,13 +60,20 @@ class RawTerminal:
         self._saved: list[object] | None = None
 
     def __enter__(self) -> RawTerminal:
-        if self._fd >= 0 and os.isatty(self._fd) and os.tcgetpgrp(self._fd) == os.getpgrp():
+        if self._fd >= 0 and os.isatty(self._fd) and not self._in_background():
             self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd, termios.TCSADRAIN)
         return self
+
+    def _in_background(self) -> bool:
+        try:
+            return os.tcgetpgrp(self._fd) != os.getpgrp()
+        except OSError:  # not our controlling terminal: nobody else's jobs are there
+            return False
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._saved is not None:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
+            with contextlib.suppress(termios.error):  # it may have gone
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

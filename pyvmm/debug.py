@@ -22,10 +22,11 @@ import selectors
 import socket
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.debugtarget import MachineTarget
-from pyvmm.rsp import Event, Link, Packet
+from pyvmm.rsp import Event, Link, Packet, encode
 from pyvmm.runcontrol import RunControl
 from pyvmm.session import Phase
 from pyvmm.stop import Stop, StopReason
@@ -40,6 +41,7 @@ DEFAULT_HOST = "127.0.0.1"
 _CHUNK = 1 << 18  # bytes to receive at a time: a whole packet of the largest size
 _STOP_SECONDS = 5.0  # how long a stop may take before the user is told which vCPU is late
 _JOIN_SECONDS = 15.0
+_MAX_REFUSED = 8  # connections that may wait to be refused
 
 
 class Address(NamedTuple):
@@ -95,6 +97,7 @@ class DebugServer:
         self._selector = selectors.PollSelector()  # epoll takes no files: stdin
         self._listener: socket.socket | None = None
         self._connection: Connection | None = None
+        self._refused: list[socket.socket] = []  # to be told so and closed
         self._finished = threading.Event()
         self._final: StopReport | None = None  # how the VM ended
         self._kill_wanted = False
@@ -162,10 +165,13 @@ class DebugServer:
                 raise RuntimeError("the gdb thread did not stop")
         if self._connection is not None:
             self._connection.socket.close()
+        for sock in self._refused:
+            sock.close()
         if self._listener is not None:
             self._listener.close()
             if self._address.path:
-                os.unlink(self._address.path)
+                with suppress(FileNotFoundError):
+                    os.unlink(self._address.path)
         self._selector.close()
         with self._wake_lock:
             os.close(self._wake)
@@ -187,7 +193,7 @@ class DebugServer:
                 self._after_events()
             self._say_goodbye()
         except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
-            self.machine.fail(-1, error)
+            self.machine.fail(error)
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
@@ -229,14 +235,30 @@ class DebugServer:
         while self._connection is not None and self._on_bytes():
             pass
         if self._connection is not None:
-            # A packet that every client shows or ignores, and nothing that disturbs the first one.
-            sock.close()
             print("gdb: a second debugger was refused: one at a time", file=sys.stderr)
+            self._refuse(sock)
             return
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             # Without it each small reply waits for the acknowledgement of the one before.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connect(sock)
+
+    def _refuse(self, sock: socket.socket) -> None:
+        """Tell a second debugger why, as the answer to its first packet: before, it would not look."""
+        if len(self._refused) == _MAX_REFUSED:
+            sock.close()
+            return
+
+        def answer() -> None:
+            self._selector.unregister(sock)
+            self._refused.remove(sock)
+            with sock, suppress(OSError):
+                if sock.recv(_CHUNK):
+                    sock.send(b"+" + encode(b"E.another debugger is attached: one at a time"))
+
+        sock.setblocking(False)
+        self._refused.append(sock)
+        self._selector.register(sock, selectors.EVENT_READ, answer)
 
     def _connect(self, sock: socket.socket | _StdioSocket) -> None:
         self.run_control.attach()
@@ -368,30 +390,40 @@ class _StdioSocket:
 
 
 def _listen(address: Address) -> socket.socket:
-    """A listening socket.  Raises OSError."""
-    if address.path:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        target: object = address.path
-    else:
-        family, kind, _, _, target = socket.getaddrinfo(
+    """A listening socket.  Raises OSError, with a message that names the address."""
+    try:
+        if address.path:
+            return _bound(socket.AF_UNIX, address.path)
+        family, _, _, _, target = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM
         )[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return _bound(family, target)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot listen at {address}: {_advice(error, address)}"
+        ) from None
+
+
+def _bound(family: int, target: object) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
+        if family != socket.AF_UNIX:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)  # type: ignore[arg-type]
         listener.listen(4)
         listener.setblocking(False)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise OSError(error.errno, f"cannot listen at {address}: {_advice(error)}") from None
+        raise
     return listener
 
 
-def _advice(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "it is in use; choose another, or port 0 for a free one"
-    return error.strerror or str(error)
+def _advice(error: OSError, address: Address) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return error.strerror or str(error)
+    if address.path:
+        return "it exists; choose another, or remove it if nobody listens there"
+    return "it is in use; choose another, or port 0 for a free one"
 
 
 def _crash_signal(stop: Stop) -> int:

@@ -7,6 +7,7 @@ Used only while the vCPU is parked.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Mapping
 
@@ -115,7 +116,32 @@ def _write_system(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:
         else:
             setattr(sregs, name, value)
     vcpu.set(sregs)
-    return lambda: vcpu.set(before)
+    vcpu.run.cr8 = sregs.cr8  # without an in-kernel APIC, KVM takes CR8 from here at each entry
+
+    def put_back() -> None:
+        vcpu.set(before)
+        vcpu.run.cr8 = before.cr8
+
+    try:
+        _check_taken_over(vcpu.get(kvm_sregs), before, updates)
+    except OSError:
+        put_back()
+        raise
+    return put_back
+
+
+def _check_taken_over(now: kvm_sregs, before: kvm_sregs, updates: Values) -> None:
+    """Raise OSError if KVM has said yes, but has kept a bit of a control register as it was.
+
+    Hosts do that with what they cannot do: some know no paging outside of 64-bit mode.
+    """
+    for name in _CONTROL:
+        if name in updates:
+            wanted, old, new = _int(updates[name]), getattr(before, name), getattr(now, name)
+            if ignored := (wanted ^ old) & (wanted ^ new):
+                raise OSError(
+                    errno.ENOTSUP, f"this host cannot change bits {ignored:#x} of {name} here"
+                )
 
 
 def _write_msr(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 from pyvmm import exits, kvm, vcpu
 from pyvmm.boot import Image, check_fits, read_image
-from pyvmm.boot.entry import RESERVED, set_entry_state, write_boot_structures
+from pyvmm.boot.entry import RESERVED, check_stacks, set_entry_state, write_boot_structures
 from pyvmm.bus import Bus, CallbackDevice
-from pyvmm.coalesced import CoalescedPorts
+from pyvmm.coalesced import CoalescedPorts, Drainer
 from pyvmm.cpustate import Register
 from pyvmm.devices.debugcon import DEBUGCON_PORT, DebugConsole
 from pyvmm.devices.debugexit import DEBUG_EXIT_PORT, DebugExit
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from pyvmm.debug import DebugServer
 
 DEFAULT_MEMORY = 64 << 20  # bytes
-MIN_MEMORY = 1 << 20
+MIN_MEMORY, MAX_MEMORY = 1 << 20, 64 << 40
 MMIO_HOLE = 3 << 30, 1 << 30  # GPA, bytes: RAM that would lie here continues at 4 GiB
 
-_DRAIN_SECONDS = 0.02  # how long collected output may wait when the guest makes no exits
+_PATIENCE_SECONDS = 0.5  # how long a vCPU may be busy with output before it is made to drop it
 _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
 
 
@@ -70,21 +70,24 @@ class Machine:
             image = read_image(image)
         if cpus < 1:
             raise ValueError(f"a machine has at least one vCPU, not {cpus}")
-        if memory < MIN_MEMORY or memory % 4096:
-            raise ValueError(f"{memory} bytes of memory: at least 1M, in whole pages of 4K")
+        if memory < MIN_MEMORY or memory % 4096 or memory > MAX_MEMORY:
+            raise ValueError(f"{memory} bytes of memory: 1M to 64T, in whole pages of 4K")
+        check_stacks(image.mode, cpus)
         self.image = image
         self.ports, self.mmio = Bus("port"), Bus("GPA")
         self.output = bytearray()
         self._print = output or self.output.extend
         self._coalesced: CoalescedPorts | None = None
+        self._drainer: Drainer | None = None
         self.threads: dict[int, vcpu.VcpuThread] = {}
         self.handlers: dict[type, vcpu.Handler] = dict(vcpu.HANDLERS)
         self._lock = threading.Lock()
         self._stop: Stop | None = None
         self._interrupted = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._input: tuple[int, Serial] | None = None
+        self._input: int | None = None
         self._at_end: list[Callable[[], None]] = []
+        self._on_hurry: list[Callable[[], None]] = []
         self.debug_server: DebugServer | None = None  # set by a debug server that is attached to us
         try:
             self.vm = VM(device=device)
@@ -107,7 +110,7 @@ class Machine:
         write_boot_structures(self.vm.memory, self.image.mode)
         for segment in self.image.segments:
             self.vm.memory.write(segment.gpa, segment.data)
-        self.serial = Serial(self._print)
+        self.serial = Serial(self._print, self.wake)
         debug_console = DebugConsole(self._print)
         self.ports.claim(COM1_PORT, Serial.size, self.serial, "COM1")
         self.ports.claim(DEBUGCON_PORT, DebugConsole.size, debug_console, "debug console")
@@ -154,7 +157,10 @@ class Machine:
             stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
             if stop is not None:
                 self.vm.suspend_cpu(ALL)
-                late = self.vm.wait_parked(self.threads, _JOIN_SECONDS)
+                late = self.vm.wait_parked(self.threads, _PATIENCE_SECONDS)
+                if late:
+                    self._hurry()
+                    late = self.vm.wait_parked(self.threads, _JOIN_SECONDS)
                 if late:
                     names = ", ".join(self.threads[n].name for n in sorted(late))
                     raise RuntimeError(f"{names} did not stop within {_JOIN_SECONDS:g} s")
@@ -173,10 +179,13 @@ class Machine:
         self.vm.suspend_cpu(ALL)  # they become active one by one, and then start together
         for vcpu_id in range(self.cpus):
             thread = vcpu.VcpuThread(self, vcpu_id, self._handlers_now(limiter))
-            self.threads[vcpu_id] = thread
             thread.start()
+            self.threads[vcpu_id] = thread
         for thread in self.threads.values():
             thread.active.wait()
+        if self._coalesced is not None:
+            self._drainer = Drainer(self._coalesced, self.fail)
+            self._drainer.start()
 
     def _wait(self, deadline: float | None, limiter: _ExitLimiter | None) -> Stop | None:
         """Wait for the end (None) or for a limit (its Stop)."""
@@ -191,28 +200,32 @@ class Machine:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return Stop(StopReason.TIMEOUT, "the time limit was reached")
-            if self._coalesced is not None:
-                left = _DRAIN_SECONDS if left is None else min(left, _DRAIN_SECONDS)
             self._wait_for_wake(left)
-            self.drain_output()
 
     def _wait_for_wake(self, seconds: float | None) -> None:
-        readable = [self._wake]
-        if self._input is not None and self._input[1].room():
-            readable.append(self._input[0])
-        ready, _, _ = select.select(readable, [], [], seconds)
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        if self._input is not None and self.serial.room():
+            poll.register(self._input, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
         if self._wake in ready:
             os.eventfd_read(self._wake)
-        if self._input is not None and self._input[0] in ready:
-            fd, serial = self._input
-            data = os.read(fd, serial.room())
-            serial.receive(data)
-            if not data:
-                self._input = None
+        if self._input in ready:
+            self._read_input()
+
+    def _read_input(self) -> None:
+        assert self._input is not None
+        try:
+            data = os.read(self._input, self.serial.room())
+        except OSError:  # not open for reading, or the terminal is gone
+            data = b""
+        self.serial.receive(data)
+        if not data:
+            self._input = None
 
     def connect_input(self, fd: int) -> None:
         """Let what can be read from `fd` reach the guest's COM1 while run() waits."""
-        self._input = fd, self.serial
+        self._input = fd
 
     def interrupt(self) -> None:
         """Make run() return.  From any thread, or from a signal handler: takes no lock."""
@@ -246,17 +259,26 @@ class Machine:
         return self._stop
 
     def on_end(self, callback: Callable[[], None]) -> None:
-        """Call `callback`, on any thread, when the VM ends: what makes a vCPU wait must let go."""
+        """Call `callback`, on any thread, when the VM ends."""
         self._at_end.append(callback)
 
-    def fail(self, vcpu_id: int, error: BaseException) -> None:
-        """End the VM because a vCPU's thread met an exception."""
+    def on_hurry(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when a vCPU has to stop but does not: what makes it wait must let go."""
+        self._on_hurry.append(callback)
+
+    def _hurry(self) -> None:
+        for callback in self._on_hurry:
+            callback()
+
+    def fail(self, error: BaseException, vcpu_id: int | None = None) -> None:
+        """End the VM because a thread (that of a vCPU, if one is named) met an exception."""
         if isinstance(error, OSError):
             message, report = str(error.strerror or error), ""
         else:
             message = f"{type(error).__name__}: {error}"
             report = "".join(traceback.format_exception(error)).rstrip()
-        self.stop(Stop(StopReason.FAILED, f"vCPU {vcpu_id}: {message}", report, vcpu_id))
+        where = "" if vcpu_id is None else f"vCPU {vcpu_id}: "
+        self.stop(Stop(StopReason.FAILED, where + message, report, vcpu_id))
 
     def crash(self, vcpu_id: int, exit: exits.Exit) -> Stop:
         """The Stop for an exit that the guest cannot go on from."""
@@ -284,10 +306,15 @@ class Machine:
         return "\n".join(parts)
 
     def _join(self) -> None:
-        deadline = time.monotonic() + _JOIN_SECONDS
-        for thread in self.threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        stuck = [thread.name for thread in self.threads.values() if thread.is_alive()]
+        stuck: list[str] = []
+        for _ in range(2):
+            deadline = time.monotonic() + _JOIN_SECONDS
+            for thread in self.threads.values():
+                thread.join(max(0.0, deadline - time.monotonic()))
+            stuck = [thread.name for thread in self.threads.values() if thread.is_alive()]
+            if not stuck:
+                return
+            self._hurry()
         if stuck:
             raise RuntimeError(f"{', '.join(stuck)} did not stop within {_JOIN_SECONDS:g} s")
 
@@ -300,6 +327,11 @@ class Machine:
             return
         self.vm.end()
         self._join()
+        if self._drainer is not None:
+            self._drainer.stop(_PATIENCE_SECONDS)
+            if self._drainer.is_alive():
+                self._hurry()
+                self._drainer.stop(_JOIN_SECONDS)
         if self._coalesced is not None:
             self._coalesced.close()
         self.vm.close()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm import paging, report
 from pyvmm.kvm import kvm_regs, kvm_sregs
+from pyvmm.registers import Bank
 from pyvmm.target import TargetError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """A row: `arguments` is for the help text."""
+    """A row: `arguments` is for the help text; if it is empty, there are none."""
 
     name: str
     arguments: str
@@ -35,23 +36,41 @@ def execute(target: MachineTarget, line: str) -> str:
     if len(found) != 1:
         what = "ambiguous" if found else "unknown"
         raise TargetError(errno.EINVAL, f"{words[0]}: {what} command; try `monitor help`")
+    if len(words) > 1 and not found[0].arguments:
+        raise TargetError(errno.EINVAL, f"{found[0].name} takes no argument")
     return found[0].run(target, words[1:]).rstrip("\n") + "\n"
 
 
-def _number(words: list[str], what: str) -> int:
+def _number(words: list[str], what: str, example: str) -> int:
     if len(words) != 1:
-        raise TargetError(errno.EINVAL, f"name one {what}, as 0x1000")
+        raise TargetError(errno.EINVAL, f"name one {what}, as {example}")
     try:
         return int(words[0], 0) & 0xFFFFFFFFFFFFFFFF
     except ValueError:
-        raise TargetError(errno.EINVAL, f"{words[0]!r} is no {what}: write 0x1000") from None
+        raise TargetError(errno.EINVAL, f"{words[0]!r} is no {what}: write {example}") from None
+
+
+# gdb's own names for two registers: it does not compute the arguments of `monitor` by itself.
+_GDB_NAMES = {"pc": "rip", "sp": "rsp"}
+
+
+def _address(target: MachineTarget, words: list[str]) -> int:
+    """A GVA, as a number or as a 64-bit register with its value, `$rsp`."""
+    if len(words) != 1 or not words[0].startswith("$"):
+        return _number(words, "address", "0x1000 or $rsp")
+    name = _GDB_NAMES.get(words[0][1:], words[0][1:])
+    registers = target.read_registers(_vcpu(target, []), Bank.GENERAL | Bank.SYSTEM)
+    value = registers.get(name)
+    if not isinstance(value, int):
+        raise TargetError(errno.EINVAL, f"{words[0]!r} is no register that can hold an address")
+    return value
 
 
 def _vcpu(target: MachineTarget, words: list[str]) -> int:
     """The vCPU that the words name, by default the one that stopped."""
     if not words:
         return target.stop_report().vcpu_id
-    vcpu_id = _number(words, "vCPU")
+    vcpu_id = _number(words, "vCPU", "0")
     if vcpu_id not in target.vcpu_ids():
         raise TargetError(errno.EINVAL, f"there is no vCPU {vcpu_id}")
     return vcpu_id
@@ -74,7 +93,7 @@ def _paging_registers(target: MachineTarget, vcpu_id: int) -> paging.PagingRegis
 
 
 def _translate(target: MachineTarget, words: list[str]) -> str:
-    gva = _number(words, "address")
+    gva = _address(target, words)
     registers = _paging_registers(target, _vcpu(target, []))
     walk = paging.walk(target.vm.memory.read, registers, gva)
     lines = [f"{walk.gva:#x} by {walk.mode.value}, cr3 {registers.cr3:#x}"]
@@ -160,7 +179,8 @@ def _inject_nmi(target: MachineTarget, words: list[str]) -> str:
 
 def _reset_breakpoints(target: MachineTarget, words: list[str]) -> str:
     count = target.run_control.breakpoints.clear()
-    return f"{count} breakpoints removed (gdb does not know: delete them there, too)"
+    what = "breakpoint" if count == 1 else "breakpoints"
+    return f"{count} {what} removed (gdb does not know: delete them there, too)"
 
 
 def _catch_int3(target: MachineTarget, words: list[str]) -> str:
@@ -186,7 +206,9 @@ def _quit(target: MachineTarget, words: list[str]) -> str:
 COMMANDS = (
     Command("help", "", "this list", _help),
     Command("regs", "[VCPU]", "all registers, with control registers and descriptor tables", _regs),
-    Command("translate", "GVA", "the walk through the page tables, level by level", _translate),
+    Command(
+        "translate", "GVA|$REG", "the walk through the page tables, level by level", _translate
+    ),
     Command("pagetables", "[VCPU]", "everything that the page tables map", _pagetables),
     Command("exits", "", "how often each vCPU has left the guest, and why", _exits),
     Command("memory", "", "RAM and the devices in guest-physical memory and at ports", _memory),

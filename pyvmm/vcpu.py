@@ -62,7 +62,7 @@ class VcpuThread(threading.Thread):
         except StopVm as stop:
             self.machine.stop(stop.stop)
         except BaseException as error:  # an exception that dies with its thread helps nobody
-            self.machine.fail(self.vcpu_id, error)
+            self.machine.fail(error, self.vcpu_id)
         finally:
             self.active.set()
 

@@ -184,6 +184,7 @@ class Gdb:
         self._unread = b""
         self._commands = 0
         self.text = ""  # all that gdb has printed for its user
+        self.log = ""  # its echo of commands, its errors, and what `set debug` asks for
         self._stops: list[dict[str, Any]] = []  # that nobody has waited for yet
         self.events: list[Record] = []  # all others
         for setting in ("confirm off", "width 0", "height 0", "mi-async on"):
@@ -238,8 +239,8 @@ class Gdb:
         return value
 
     def number(self, expression: str) -> int:
-        """The value of an expression, as an unsigned number of 64 bits."""
-        return int(self.evaluate(f"(unsigned long long)({expression})"), 0)
+        """The value of an expression, as an unsigned number; also of registers made of flags."""
+        return int(self.execute(f"output/x {expression}"), 16)
 
     def resume(self, text: str) -> dict[str, Any]:
         """Execute a command that lets the guest run (MI or the user's); how it stopped."""
@@ -267,7 +268,10 @@ class Gdb:
     def _next_record(self) -> Record:
         record = parse_record(self._next_line())
         if record.kind in "~@&":
-            self.text += record.name if record.kind != "&" else ""
+            if record.kind == "&":
+                self.log += record.name
+            else:
+                self.text += record.name
         elif (record.kind, record.name) == ("*", "stopped"):
             self._stops.append(record.values)
         elif record.kind in "*=":

@@ -304,6 +304,8 @@ class Debuggee:
     def _run(self) -> None:
         try:
             self.stop = self.machine.run()
+            if self.stop.final:  # as the command line does
+                self.server.finish(self.stop.status)
         except BaseException as error:
             self.error = error
 
@@ -320,13 +322,12 @@ class Debuggee:
         return RspClient(self.server.address, **options)
 
     def wait_end(self) -> Stop:
-        """Wait until the VM has ended, and finish serving as the command line does."""
+        """Wait until the VM has ended, and the debugger has been told."""
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive(), "the VM does not end"
         if self.error is not None:
             raise self.error
         assert self.stop is not None
-        self.server.finish(self.stop.status)
         return self.stop
 
     def close(self) -> None:

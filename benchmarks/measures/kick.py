@@ -72,7 +72,7 @@ def _kicks(vm: VM, count: int) -> list[float]:
 
 @contextlib.contextmanager
 def _kick_contenders(statistic: Statistic, context: Context) -> Iterator[Contenders]:
-    count = context.scaled(1000)
+    count = context.scaled(500)
 
     def in_c() -> Sample:
         guest = guests.write_guest(context.folder, "spin", guests.spin())
@@ -85,7 +85,7 @@ def _kick_contenders(statistic: Statistic, context: Context) -> Iterator[Contend
 
 @contextlib.contextmanager
 def _cycle_contenders(context: Context) -> Iterator[Contenders]:
-    count = context.scaled(5000)
+    count = context.scaled(1000)
 
     def in_c() -> Sample:
         guest = guests.write_guest(context.folder, "spin", guests.spin())
@@ -124,7 +124,7 @@ MEASURES = (
     Measure(
         "suspend-resume",
         "cycles/s",
-        "How often a second a vCPU can be stopped and run again: what a debugger does all the time.",
+        "How often a second a vCPU can be stopped and run again: what a debugger does.",
         _FLOOR,
         _cycle_contenders,
     ),

@@ -1,8 +1,8 @@
 """Printed bytes a second: what coalesced port I/O is for.
 
 The guest prints in a loop without asking whether the port is ready.  pyvmm's figure includes
-writing the bytes to a file descriptor (of /dev/null), as the command line does.  The C floor makes an
-exit of each byte, and throws it away.
+writing the bytes to a file descriptor (of /dev/null), as the command line does.  The C floor makes
+an exit of each byte, and throws it away.
 """
 
 from __future__ import annotations

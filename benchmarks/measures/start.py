@@ -1,8 +1,8 @@
 """Start-up: `python3 -m pyvmm guests/hello.bin` from process start to end.
 
-The peer is a Python that does nothing but import what any VMM in Python needs.  The C floor runs the
-same guest: what the kernel takes to make, run and free a VM.  Both Pythons are this one, with the
-same flags, without the PYTHON* variables of the caller, and with their bytecode cached.
+The peer is a Python that does nothing but import what any VMM in Python needs.  The C floor runs
+the same guest: what the kernel takes to make, run and free a VM.  Both Pythons are this one, with
+the same flags, without the PYTHON* variables of the caller, and with their bytecode cached.
 
 The `isolated` rows use -I -S: what a Python costs whose site-packages load nothing by themselves.
 """

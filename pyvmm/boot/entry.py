@@ -20,7 +20,8 @@ from pyvmm.memory import GuestMemory
 
 PAGE_TABLES_GPA, GDT_GPA, STACK_TOP = 0x1000, 0x7000, 0x80000
 STACK_BYTES = 0x1000  # a vCPU, where there are several
-REAL_MODE_STACK_TOP = 0x7C00
+REAL_MODE_STACK_TOP, REAL_MODE_STACK_BYTES = 0x7C00, 0x400
+LOWEST_STACK, LOWEST_REAL_MODE_STACK = 0x8000, 0x1000
 
 # What an image must not overlap, as check_fits() takes it: GPA, bytes, name.
 RESERVED = {
@@ -41,6 +42,15 @@ def identity_map(gpa: int) -> bytes:
     entries = [directories + 0x1000 * n | _PRESENT_WRITABLE for n in range(4)]
     pages = [n << 21 | _PRESENT_WRITABLE | _LARGE_PAGE for n in range(4 * 512)]
     return pml4 + struct.pack("<4Q", *entries).ljust(0x1000, b"\0") + struct.pack("<2048Q", *pages)
+
+
+def check_stacks(mode: Mode, cpus: int) -> None:
+    """Raise ValueError unless there is room for the initial stack of each vCPU."""
+    room = (STACK_TOP - LOWEST_STACK) // STACK_BYTES
+    if mode is Mode.REAL:
+        room = (REAL_MODE_STACK_TOP - LOWEST_REAL_MODE_STACK) // REAL_MODE_STACK_BYTES
+    if cpus > room:
+        raise ValueError(f"{cpus} vCPUs: in {mode.value} mode there are stacks for {room}")
 
 
 def write_boot_structures(memory: GuestMemory, mode: Mode) -> None:
@@ -65,7 +75,7 @@ def set_entry_state(vcpu: kvm.VcpuHandle, vcpu_id: int, mode: Mode, entry: int) 
     if mode is Mode.REAL:
         selector, regs.rip = real_mode_entry(entry)
         sregs.cs.selector, sregs.cs.base = selector, selector << 4
-        regs.rsp = REAL_MODE_STACK_TOP
+        regs.rsp = REAL_MODE_STACK_TOP - REAL_MODE_STACK_BYTES * vcpu_id
     else:
         sregs.gdt.base, sregs.gdt.limit = GDT_GPA, 4 * 8 - 1
         sregs.idt.base = sregs.idt.limit = 0

@@ -37,8 +37,11 @@ class Serial(BytewiseDevice):
 
     size = 8
 
-    def __init__(self, transmit: Callable[[bytes], None]) -> None:
-        self._transmit = transmit
+    def __init__(
+        self, transmit: Callable[[bytes], None], on_room: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_room` is called when a full receiver FIFO can take more."""
+        self._transmit, self._on_room = transmit, on_room
         self._lock = threading.Lock()  # guards all below
         self._received: deque[int] = deque()
         self._divisor = 1  # 115200 baud
@@ -59,17 +62,25 @@ class Serial(BytewiseDevice):
     def read_byte(self, offset: int) -> int:
         """A register of the UART."""
         with self._lock:
-            if self._registers[LCR] & LCR_DLAB and offset in (DATA, IER):
-                return self._divisor >> 8 * offset & 0xFF
-            if offset == DATA:
-                return self._received.popleft() if self._received else 0
-            if offset == IIR_FCR:
-                return IIR_NONE_PENDING | (IIR_FIFO_ENABLED if self._fifo & FCR_ENABLE else 0)
-            if offset == LSR:
-                return LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self._received else 0)
-            if offset == MSR:
-                return self._modem_status()
-            return self._registers[offset]
+            was_full = len(self._received) == FIFO_BYTES
+            value = self._read_register(offset)
+            room_again = was_full and len(self._received) < FIFO_BYTES
+        if room_again:
+            self._on_room()
+        return value
+
+    def _read_register(self, offset: int) -> int:
+        if self._registers[LCR] & LCR_DLAB and offset in (DATA, IER):
+            return self._divisor >> 8 * offset & 0xFF
+        if offset == DATA:
+            return self._received.popleft() if self._received else 0
+        if offset == IIR_FCR:
+            return IIR_NONE_PENDING | (IIR_FIFO_ENABLED if self._fifo & FCR_ENABLE else 0)
+        if offset == LSR:
+            return LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self._received else 0)
+        if offset == MSR:
+            return self._modem_status()
+        return self._registers[offset]
 
     def _modem_status(self) -> int:
         mcr = self._registers[MCR]
