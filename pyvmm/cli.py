@@ -54,7 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_standard_descriptors()
     try:
         if arguments.probe:
+            if arguments.image is not None:
+                parser.error("--probe runs no image")
             return _probe(arguments)
+        if arguments.json or arguments.require:
+            parser.error("--json and --require go with --probe")
+        if (arguments.gdb_nowait or arguments.gdb_catch_int3) and arguments.gdb is None:
+            parser.error("--gdb-nowait and --gdb-catch-int3 go with --gdb ADDRESS")
         if arguments.image is None:
             parser.error("name an image to run, or --probe; --help shows examples")
         return _run(arguments)
@@ -66,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(STATUS_FAILED, _advice(error, arguments.device))
     except RuntimeError as error:  # a thread that does not stop
         return _fail(STATUS_FAILED, str(error))
+    except KeyboardInterrupt:  # before the guest ran, or after
+        return 128 + signal.SIGINT
 
 
 def _fail(status: int, message: str) -> int:

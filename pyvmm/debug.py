@@ -244,7 +244,7 @@ class DebugServer:
         self._connect(sock)
 
     def _refuse(self, sock: socket.socket) -> None:
-        """Tell a second debugger why, as the answer to its first packet: before, it would not look."""
+        """Tell a second debugger why when it has asked something: before, it would not look."""
         if len(self._refused) == _MAX_REFUSED:
             sock.close()
             return
@@ -410,7 +410,7 @@ def _bound(family: int, target: object) -> socket.socket:
         if family != socket.AF_UNIX:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)  # type: ignore[arg-type]
-        listener.listen(4)
+        listener.listen(16)
         listener.setblocking(False)
     except OSError:
         listener.close()

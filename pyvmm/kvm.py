@@ -771,9 +771,9 @@ class SystemHandle(Handle):
             version = self.ioctl(KVM_GET_API_VERSION)
             if version != KVM_API_VERSION:
                 raise KvmError(errno.ENOTSUP, f"KVM API version {version}, not {KVM_API_VERSION}")
-        except OSError:
+        except OSError as error:
             self.close()
-            raise
+            raise KvmError(error.errno, f"not a KVM device ({error.strerror})", path) from None
 
     def check_extension(self, capability: int) -> int:
         """The value of KVM_CAP_*: 0 when the host does not have it."""

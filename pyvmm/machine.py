@@ -395,7 +395,13 @@ class Machine:
         read: Callable[[int, int], int] | None = None,
         write: Callable[[int, int, int], None] | None = None,
     ) -> None:
-        """The same for `size` bytes of guest-physical addresses, where there is no RAM."""
+        """The same for `size` bytes of guest-physical addresses.
+
+        Raises ValueError where there is RAM or a device: the guest would never leave for it.
+        """
+        for slot in self.vm.memory.slots:
+            if gpa < slot.end and slot.gpa < gpa + size:
+                raise ValueError(f"GPA {gpa:#x}..{gpa + size - 1:#x} is RAM")
         self.mmio.claim(gpa, size, CallbackDevice(read, write), "a callback")
 
 

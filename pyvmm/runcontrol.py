@@ -91,7 +91,8 @@ class RunControl:
         self._lock = threading.Lock()
         self._attached = False
         self._stop: StopReport | None = None  # claimed: the VM is stopping or stopped
-        self._running: frozenset[int] = frozenset()  # who was resumed last
+        self._running: frozenset[int] = frozenset()  # whom the debugger resumed last; none: all
+        self._newcomers_run = True
         self._states: dict[int, VcpuState] = {}
 
     def handlers(self) -> dict[type, Handler]:
@@ -121,10 +122,14 @@ class RunControl:
             self._stop = StopReport(0)
 
     def let_run(self) -> None:
-        """The machine is run: resume the vCPUs, unless they are stopped for a debugger."""
+        """The machine is run: resume the vCPUs, unless they are stopped for a debugger.
+
+        If a debugger has resumed some already, or had before a limit stopped the machine, then
+        only those.
+        """
         with self._lock:
             if self._stop is None:
-                self.vm.resume_cpu(ALL)
+                self._resume(self._running or self.vm.active_cpus(), self._newcomers_run)
 
     def attach(self) -> None:
         """A debugger is there: stop the VM for it, if it runs."""
@@ -165,11 +170,13 @@ class RunControl:
                 self._try_to_report(vcpu_id)
             if self._stop is not None:
                 return  # an event was waiting: nobody runs before it is reported
-            self._running = frozenset(actions)
-            self.vm.hold_newcomers(not newcomers_run)
-            for vcpu_id in actions:
-                if vcpu_id in self.vm.debug_cpus():
-                    self.vm.resume_cpu(vcpu_id)
+            self._running, self._newcomers_run = frozenset(actions), newcomers_run
+            self._resume(self._running, newcomers_run)
+
+    def _resume(self, vcpu_ids: frozenset[int], newcomers_run: bool) -> None:
+        self.vm.hold_newcomers(not newcomers_run)
+        for vcpu_id in vcpu_ids & self.vm.debug_cpus():
+            self.vm.resume_cpu(vcpu_id)
 
     def detach(self) -> None:
         """Make the guest as if no debugger had ever been there, and let it run.
@@ -183,7 +190,7 @@ class RunControl:
                 state.owed = None
             self.breakpoints.clear()
             self.breakpoints.catch_int3 = self.catch_int3
-            self._running = frozenset()
+            self._running, self._newcomers_run = frozenset(), True
             self._stop = None
             self.vm.resume_cpu(ALL)
 

@@ -1,6 +1,6 @@
 """Real gdb, as its users use it: typed commands in batch, and by its machine interface.
 
-The guests are those of guests/; where a test needs other code it puts it into guest memory with gdb.
+The guests are those of guests/; where a test needs other code, gdb writes it into guest memory.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -439,7 +438,7 @@ def test_a_breakpoint_stops_whichever_vcpu_comes_there(tmp_path: Path, gdb: Gdb)
 
 # ---- Registers ----
 
-GENERAL = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15".split()
+GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
 
 
 def test_general_registers_are_written_and_the_guest_sees_them(gdb: Gdb, loops: Serving) -> None:

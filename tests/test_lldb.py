@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,12 +194,16 @@ def test_process_interrupt_stops_a_running_guest(counter: Serving, tmp_path: Pat
         ):
             process.stdin.write(f"{line}\n".encode())
             process.stdin.flush()
-            wait_for(lambda answer=answer: answer in output.read_text(), f"no {answer!r}")
+            wait_for(partial(_says, output, answer), f"no {answer!r}")
     finally:
         process.kill()
         process.wait(PATIENCE)
         process.stdin.close()
     assert not counter.ended
+
+
+def _says(output: Path, text: str) -> bool:
+    return text in output.read_text(errors="replace")
 
 
 def test_kill_ends_the_vm(counter: Serving) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from pyvmm import kvm
 from pyvmm.boot import Mode, read_image
+from pyvmm.debug import DebugServer, parse_address
 from pyvmm.hostprobe import host
 from pyvmm.hypervisor import ALL
 from pyvmm.machine import Machine
@@ -28,6 +29,7 @@ from tests.rsp_client import (
     COUNT_INC,
     COUNT_JMP,
     COUNT_NOP,
+    COUNTERS,
     EFLAGS,
     RAM,
     RIP,
@@ -1070,3 +1072,26 @@ def test_no_file_descriptor_is_left_by_clients() -> None:
             debuggee.connect().close()
         debuggee.connect().detach()
         debuggee.wait_for(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors leak")
+
+
+def test_a_run_limit_does_not_resume_what_the_debugger_keeps_parked() -> None:
+    """Machine.run() returns at its limit and is called again, as a library's user may do."""
+
+    def counter(vcpu_id: int) -> int:
+        data = machine.read_memory(COUNTERS + 64 * vcpu_id, 8, physical=True)
+        return int.from_bytes(data, "little")
+
+    with Machine(flat_image(COUNT), cpus=2, memory=RAM) as machine:
+        server = DebugServer(machine, parse_address("0"))
+        try:
+            machine.run(timeout=0.02)
+            with RspClient(server.address) as client:
+                client.go("vCont;c:1")
+                machine.run(timeout=0.1)
+                before = counter(0)
+                machine.run(timeout=0.1)
+                assert counter(0) > before > 0
+                assert counter(1) == 0
+                assert client.break_in().signal == 2
+        finally:
+            server.close()
