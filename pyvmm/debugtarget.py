@@ -71,7 +71,9 @@ class MachineTarget:
         self.run_control = run_control
         self._on_kill = on_kill
         self._symbols = symbols if symbols and _elf_bits(symbols) else None
-        self._views: dict[int, VirtualMemory] = {}  # by vcpu_id; good until something changes
+        # By vcpu_id, and good until something changes: see _forget().
+        self._views: dict[int, VirtualMemory] = {}
+        self._registers: dict[int, tuple[Bank, dict[str, Value]]] = {}
         self.last_error = ""  # why the last packet was refused, for `monitor`
 
     # --- what it is ---
@@ -129,12 +131,21 @@ class MachineTarget:
 
     def read_registers(self, vcpu_id: int, banks: Bank) -> dict[str, Value]:
         """See Target."""
-        with _errors():
-            return debugstate.read(self.vm.state(vcpu_id), banks)
+        known, values = self._registers.get(vcpu_id, (Bank(0), {}))
+        if banks & ~known:
+            with _errors():
+                values = values | debugstate.read(self.vm.state(vcpu_id), banks & ~known)
+            self._registers[vcpu_id] = known | banks, values
+        return values
+
+    def _forget(self) -> None:
+        """The guest runs, or something was written: what was read of it may have changed."""
+        self._views.clear()
+        self._registers.clear()
 
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         """See Target."""
-        self._views.clear()
+        self._forget()
         with _errors():
             debugstate.write(self.vm.state(vcpu_id), updates)
             if "rip" in updates:
@@ -190,7 +201,7 @@ class MachineTarget:
     def _write_pieces(self, pieces: list[tuple[int, int]], data: bytes) -> None:
         for gpa, size in pieces:  # all or nothing
             self.vm.memory.find(gpa, size)
-        self._views.clear()  # what is written may be a page table
+        self._forget()  # what is written may be a page table
         offset = 0
         for gpa, size in pieces:
             self.run_control.breakpoints.write(gpa, data[offset : offset + size])
@@ -249,7 +260,7 @@ class MachineTarget:
             user = self.vm.state(vcpu_id).get(kvm_sregs).ss.dpl == 3
             if user and not (host.step_user or host.step_user_delivered):
                 raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
-        self._views.clear()
+        self._forget()
         with _errors():
             self.run_control.resume(actions, newcomers_run)
 
@@ -259,7 +270,7 @@ class MachineTarget:
 
     def detach(self) -> None:
         """See Target."""
-        self._views.clear()
+        self._forget()
         self.run_control.interrupt()  # where it runs: take out breakpoints while nobody executes
         self.run_control.wait_stopped(_PATIENCE_SECONDS)
         self.run_control.detach()

@@ -620,7 +620,8 @@ class VM:
             vcpu.update_attention()
         if nmi:
             vcpu.handle.ioctl(kvm.KVM_NMI)
-        vcpu.set_guest_debug()
+        if Capability.MTRAP_EXIT not in vcpu.wanted:  # else each step arms itself
+            vcpu.set_guest_debug()
 
     # --- guest virtual memory, as the vCPU sees it -----------------------------------------------
 

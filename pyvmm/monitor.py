@@ -96,6 +96,8 @@ def _translate(target: MachineTarget, words: list[str]) -> str:
     gva = _address(target, words)
     registers = _paging_registers(target, _vcpu(target, []))
     walk = paging.walk(target.vm.memory.read, registers, gva)
+    if walk.mode is paging.PagingMode.NONE:
+        return f"GPA {gva:#x}: paging is off, addresses are physical"
     lines = [f"{walk.gva:#x} by {walk.mode.value}, cr3 {registers.cr3:#x}"]
     for step in walk.steps:
         lines.append(
@@ -138,7 +140,7 @@ def _exits(target: MachineTarget, words: list[str]) -> str:
     for vcpu_id in target.vcpu_ids():
         counts = stats.read(target.vm.state(vcpu_id))
         shown = [f"  {name:<28} {value}" for name, value in counts.items() if value]
-        lines += [f"vCPU {vcpu_id}, since it was created:", *shown]
+        lines += [f"vCPU {vcpu_id}, since it was created:", *(shown or ["  none"])]
     return "\n".join(lines)
 
 

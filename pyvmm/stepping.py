@@ -59,23 +59,44 @@ class Stepper:
         self.used = True
         vcpu.step_rip = cpu.regs.rip
         with self._lock:
-            self._traps.plant(cpu, VirtualMemory(self._memory, cpu.sregs))
+            self._traps.plant(cpu)
             try:
                 if not _enter_until_progress(vm, vcpu, cpu):
                     return None
-                after = copy_state(vm.memory, vcpu)
-                faulted = self._traps.hit(after, cpu.regs.rip)
+                if self._faulted(vm, vcpu, cpu):
+                    return exits.Mtrap()
             finally:
                 self._traps.remove()
-        if faulted:
-            leave_handler_frame(after, faulted, cpu.regs)
-            write_state(vcpu, after)
-            _forget_single_step(vcpu)
-            return exits.Mtrap()
         exit = decode(vm, vcpu)
-        if isinstance(exit, exits.Mtrap) and _repeated_out(vcpu, after):
+        if isinstance(exit, exits.Mtrap) and self._at_spent_repeat(vm, vcpu, cpu):
             return self.step(vm, vcpu)
         return exit
+
+    def _faulted(self, vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+        """Whether the step ended in a trap on an exception handler; then all is set right."""
+        run = vcpu.kvm_run
+        if run.exit_reason == kvm.KVM_EXIT_DEBUG:
+            # The usual case, told from the exit alone: registers cost a system call each.
+            if not self._traps.is_behind_one(run.debug.pc):
+                return False
+        elif run.exit_reason != kvm.KVM_EXIT_HLT:
+            return False
+        after = copy_state(vm.memory, vcpu)
+        vectors = self._traps.hit(after, before.regs.rip)
+        if not vectors:
+            return False
+        leave_handler_frame(after, vectors, before.regs)
+        write_state(vcpu, after)
+        _forget_single_step(vcpu)
+        return True
+
+    @staticmethod
+    def _at_spent_repeat(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+        run = vcpu.kvm_run
+        start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
+        if run.exit_reason == kvm.KVM_EXIT_DEBUG and run.debug.pc != start:
+            return False
+        return _repeated_out(vcpu, copy_state(vm.memory, vcpu))
 
     def io_was_all(self, vm: VM, vcpu: VcpuRecord) -> bool:
         """Whether the instruction of the step is over now that its I/O is finished."""

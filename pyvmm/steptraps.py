@@ -41,12 +41,13 @@ class StepTraps:
         self._memory = memory
         self._key: object = None  # what _handlers was made from: IDT contents and paging
         self._handlers: list[_Handler] = []
+        self._gvas: frozenset[int] = frozenset()  # of _handlers
         self._planted: dict[int, int] = {}  # GPA -> the guest's byte
 
-    def plant(self, cpu: Cpu, virtual: VirtualMemory) -> None:
+    def plant(self, cpu: Cpu) -> None:
         """Put the traps in place, but not into the instruction that is about to be executed."""
         start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
-        for handler in self._find_handlers(cpu, virtual):
+        for handler in self._find_handlers(cpu):
             if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
                 continue
             slot = self._memory.find(handler.gpa)
@@ -63,6 +64,10 @@ class StepTraps:
                 slot.pages[gpa - slot.gpa] = byte
         self._planted.clear()
 
+    def is_behind_one(self, gva: int) -> bool:
+        """Whether a trap may have been executed just before `gva`."""
+        return gva - 1 in self._gvas
+
     def hit(self, cpu: Cpu, start_rip: int) -> list[int]:
         """The vectors in whose planted trap a vCPU is that just left; none if it is in none.
 
@@ -77,16 +82,27 @@ class StepTraps:
                 return []
         return vectors
 
-    def _find_handlers(self, cpu: Cpu, virtual: VirtualMemory) -> list[_Handler]:
+    def _find_handlers(self, cpu: Cpu) -> list[_Handler]:
+        """The handlers that the IDT names now; found anew when it or the paging changes."""
         sregs = cpu.sregs
+        size = min(sregs.idt.limit + 1, _EXCEPTIONS * _entry_size(cpu))
+        if size < _entry_size(cpu):
+            return []
         try:
-            size = min(sregs.idt.limit + 1, _EXCEPTIONS * _entry_size(cpu))
-            idt = virtual.read(sregs.idt.base, size)
+            idt = cpu.read(sregs.idt.base, size)
         except Exception:  # no IDT that could be read: nothing to trap
             return []
         key = (idt, cpu.mode, sregs.cr0, sregs.cr3, sregs.cr4, sregs.gdt.base)
         if key != self._key:
-            self._key, self._handlers = key, list(_handlers(cpu, virtual, idt, self._memory))
+            virtual = VirtualMemory(self._memory, sregs)
+            table = range(
+                sregs.idt.base, sregs.idt.base + size
+            )  # an IVT full of zeros names itself
+            self._key = key
+            self._handlers = [
+                h for h in _handlers(cpu, virtual, idt, self._memory) if h.gva not in table
+            ]
+            self._gvas = frozenset(handler.gva for handler in self._handlers)
         return self._handlers
 
 
@@ -143,8 +159,13 @@ def frame(cpu: Cpu) -> list[int]:
     """The six values on top of the stack of a handler that was just entered."""
     size = _word_size(cpu)
     stack = x86.linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
-    data = cpu.read(stack, 6 * size)
-    return [int.from_bytes(data[n * size : (n + 1) * size], "little") for n in range(6)]
+    values = []
+    for n in range(6):
+        try:
+            values.append(int.from_bytes(cpu.read(stack + n * size, size), "little"))
+        except Exception:  # the stack ends before: then that value is not part of the frame
+            values.append(0)
+    return values
 
 
 def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:

@@ -41,7 +41,9 @@ ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
 }
-_GDB = ("gdb", "-nx", "-q", "-iex", "set debuginfod enabled off")
+# By default it waits two seconds for a reply; a loaded machine can take longer to start a pyvmm.
+_SETTINGS = ("set debuginfod enabled off", f"set remotetimeout {PATIENCE:g}")
+_GDB = ("gdb", "-nx", "-q", *(word for line in _SETTINGS for word in ("-iex", line)))
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
 needs_lldb = pytest.mark.skipif(shutil.which("lldb") is None, reason="lldb is not installed")

@@ -65,7 +65,7 @@ def _c(folder: Path, guest: Path, cpus: int, count: int) -> Sample:
 
 @contextlib.contextmanager
 def _contenders(kind: str, cpus: int, context: Context) -> Iterator[Contenders]:
-    count = context.scaled(50_000)
+    count = context.scaled(30_000)
     code = guests.port_writes(count) if kind == "port" else guests.mmio_writes(count)
     guest = guests.write_guest(context.folder, f"{kind}-{count}", code)
     yield {
