@@ -128,8 +128,12 @@ class Breakpoints:
         host = self._vm.host
         works = host.hardware_breakpoint if kind is BreakpointKind.HARDWARE else host.watchpoint
         if not works:
-            what = "hardware breakpoints" if kind is BreakpointKind.HARDWARE else "watchpoints"
-            raise TargetError(errno.ENOTSUP, f"{what} never hit on this host (see monitor probe)")
+            if kind is BreakpointKind.HARDWARE:
+                raise TargetError(errno.ENOTSUP, "hardware breakpoints never hit on this host")
+            raise TargetError(
+                errno.ENOTSUP,
+                "watchpoints never hit on this host: in gdb, set can-use-hw-watchpoints 0",
+            )
         if len(self.watches) == 4:
             raise TargetError(errno.ENOSPC, "all four debug registers are in use")
         self.watches.append(Watch(kind, gva, length, self._value(vcpu_id, gva, length)))

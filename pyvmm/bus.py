@@ -6,11 +6,8 @@ and ignore writes, as on a PC without a card in the slot, and are logged once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
-
-log = logging.getLogger("pyvmm")
 
 
 class Device(Protocol):
@@ -41,6 +38,9 @@ class CallbackDevice:
             self._write(offset, size, value)
 
 
+NOTHING: Device = CallbackDevice()  # where there is no device
+
+
 class Claim(NamedTuple):
     """A range of addresses and the device behind it; `name` is for messages."""
 
@@ -56,7 +56,7 @@ class Bus:
     def __init__(self, name: str) -> None:
         self.name = name
         self.claims: list[Claim] = []
-        self._found: dict[tuple[int, int], Claim | None] = {}  # lookups made before
+        self._found: dict[tuple[int, int], tuple[Device, int]] = {}  # lookups made before
         self._logged: set[int] = set()
 
     def claim(self, start: int, size: int, device: Device, name: str) -> None:
@@ -74,28 +74,33 @@ class Bus:
 
     def read(self, address: int, size: int) -> int:
         """What the guest reads: `size` bytes at `address`, little-endian in an int."""
-        claim = self._find(address, size)
-        if claim is None:
-            return (1 << 8 * size) - 1
-        return claim.device.read(address - claim.start, size) & (1 << 8 * size) - 1
+        device, offset = self._found.get((address, size)) or self._find(address, size)
+        return device.read(offset, size) & (1 << 8 * size) - 1
 
     def write(self, address: int, size: int, value: int) -> None:
         """The guest writes `size` bytes at `address`."""
-        claim = self._find(address, size)
-        if claim is not None:
-            claim.device.write(address - claim.start, size, value)
+        device, offset = self._found.get((address, size)) or self._find(address, size)
+        device.write(offset, size, value)
 
-    def _find(self, address: int, size: int) -> Claim | None:
-        key = address, size
-        try:
-            return self._found[key]
-        except KeyError:
-            pass
+    def _find(self, address: int, size: int) -> tuple[Device, int]:
+        """The device behind an address, and the offset there."""
         # An access that runs over the end of a range still belongs to the device it starts in.
-        claim = next((c for c in self.claims if 0 <= address - c.start < c.size), None)
-        if claim is None and address not in self._logged and len(self._logged) < 1000:
-            self._logged.add(address)
-            log.info("nothing at %s %#x (%d bytes)", self.name, address, size)
+        for claim in self.claims:
+            if 0 <= address - claim.start < claim.size:
+                found = claim.device, address - claim.start
+                break
+        else:
+            found = NOTHING, 0
+            self._log_once(address, size)
         if len(self._found) < 4096:  # a guest can touch any number of addresses
-            self._found[key] = claim
-        return claim
+            self._found[address, size] = found
+        return found
+
+    def _log_once(self, address: int, size: int) -> None:
+        if address not in self._logged and len(self._logged) < 1000:
+            import logging  # here, because it would make every start longer by 5 ms
+
+            self._logged.add(address)
+            logging.getLogger("pyvmm").info(
+                "nothing at %s %#x (%d bytes)", self.name, address, size
+            )

@@ -118,12 +118,19 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(STATUS_USAGE)
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Of a fixed width: to ask for the terminal's, argparse imports shutil, at every start."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=96)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pyvmm",
         description="Run a guest on Linux KVM.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument(
         "image", nargs="?", metavar="IMAGE", help="a flat binary or a static ELF file"

@@ -38,8 +38,18 @@ class CoalescedPorts:
         self._map, self._sinks = map, sinks
         self._lock = threading.Lock()  # one reader at a time: guards `first`
         self._ring = kvm.kvm_coalesced_mmio_ring.from_buffer(map, _RING_OFFSET)
-        for port in sinks:
-            vm.coalesce(port, 1, pio=True)
+        self._vm, self._started = vm, False
+
+    def start(self) -> None:
+        """Let the kernel collect from now on; again: does nothing.  Raises KvmError.
+
+        Not done at once: freeing a VM waits for the grace period that this begins in the kernel,
+        15 ms that a guest which prints a line and ends would wait for nothing.
+        """
+        if not self._started:
+            self._started = True
+            for port in self._sinks:
+                self._vm.coalesce(port, 1, pio=True)
 
     def drain(self) -> None:
         """Hand everything in the ring to the sinks, in the order in which it was written."""
@@ -87,6 +97,7 @@ class Drainer(threading.Thread):
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for main
         try:
             while not self._stopped.wait(self._SECONDS):
+                self._ports.start()
                 self._ports.drain()
         except Exception as error:
             self._on_error(error)

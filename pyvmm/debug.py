@@ -30,7 +30,7 @@ from pyvmm.rsp import Event, Link, Packet, encode
 from pyvmm.runcontrol import RunControl
 from pyvmm.session import Phase
 from pyvmm.stop import Stop, StopReason
-from pyvmm.stub import Stub
+from pyvmm.stub import Stub, console_output
 from pyvmm.target import SIGABRT, SIGSEGV, StopKind, StopReport
 
 if TYPE_CHECKING:
@@ -204,6 +204,9 @@ class DebugServer:
         if connection is not None and connection.stub.owes_reply:
             report = self.run_control.stop
             if report is not None and self._stop_is_complete():
+                crash, self.run_control.crash = self.run_control.crash, None
+                if crash is not None:
+                    connection.send_reply(console_output(f"{crash.message}\n{crash.report}\n"))
                 connection.send_reply(connection.stub.stop_reply(report))
         if self._kill_wanted and (connection is None or connection.flush()):
             self._kill_wanted = False
@@ -291,7 +294,7 @@ class DebugServer:
 
     def _drop(self) -> None:
         """The debugger is gone."""
-        connection, self._connection = self._connection, None
+        connection = self._connection
         assert connection is not None
         connection.flush()
         self._selector.unregister(connection.socket)
@@ -300,6 +303,7 @@ class DebugServer:
             connection.stub.session.phase is Phase.DETACHED and self.run_control.stop is not None
         ):
             self.target.detach()
+        self._connection = None  # only now is the next one welcome
 
     def _say_goodbye(self) -> None:
         connection = self._connection
@@ -332,16 +336,23 @@ class Connection:
     def handle(self, data: bytes) -> None:
         """Answer what is complete of what has arrived."""
         self.link.receive(data)
+        previous: Packet | Event | None = None
         while (event := self.link.next_event()) is not None:
             if isinstance(event, Packet):
+                if event == previous and self.link.acks:
+                    continue  # sent again, because we were slow to start: one answer is enough
                 reply = self.stub.handle(event.payload)
                 self._target.last_error = self.stub.last_error
+                if event.payload[:1] == b"Z" and reply is not None and reply[:1] == b"E":
+                    # gdb before 15 does not show why.
+                    print(f"gdb: {self.stub.last_error}", file=sys.stderr)
                 self.send_reply(reply)
                 self.link.acks = not self.stub.no_ack_mode
             elif event is Event.INTERRUPT:
                 self._target.interrupt()
             else:
                 self.send_reply(self.stub.reject(event.value))
+            previous = event
 
     def send_reply(self, reply: bytes | None) -> None:
         """Queue a reply, if there is one, and send what can be sent."""

@@ -39,7 +39,7 @@ _CODE_BITS = {
     x86.CpuMode.COMPAT32: 32,
 }
 _CANONICAL_HALF = 1 << 47
-_ENTRY_COVERS = {"PTE": 1 << 12, "PDE": 1 << 21, "PDPTE": 1 << 30, "PML4E": 1 << 39}
+_ALL_PERMISSIONS = paging.Permissions(writable=True, user=True, no_execute=False)
 
 
 @contextmanager
@@ -208,24 +208,35 @@ class MachineTarget:
             offset += size
 
     def memory_region(self, vcpu_id: int, gva: int) -> MemoryRegion:
-        """See Target.  The region is the page, or what the missing table entry would map."""
+        """See Target.  A region is what is mapped alike in a row, as far as there is RAM behind."""
         with _errors():
             sregs = self.vm.state(vcpu_id).get(kvm_sregs)
         registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
-        walk = paging.walk(self.vm.memory.read, registers, gva)
-        if walk.gpa is None:
-            size = _ENTRY_COVERS.get(walk.steps[-1].name if walk.steps else "PTE", 1 << 12)
-            return MemoryRegion(gva & -size, size, "")
-        if walk.page_bytes >= 1 << 32:  # no paging: RAM is what there is
-            try:
-                slot = self.vm.memory.find(walk.gpa)
-            except GuestMemoryError:
-                return MemoryRegion(gva & -4096, 4096, "")
-            return MemoryRegion(slot.gpa, slot.size, "rwx")
-        permissions = (
-            "r" + "w" * walk.permissions.writable + "x" * (not walk.permissions.no_execute)
-        )
-        return MemoryRegion(gva & -walk.page_bytes, walk.page_bytes, permissions)
+        page = gva & ~0xFFF
+        if not sregs.cr0 & x86.CR0_PG:
+            ranges = [
+                paging.Mapping(slot.gpa, slot.gpa, slot.size, 1 << 12, _ALL_PERMISSIONS)
+                for slot in self.vm.memory.slots
+                if slot.end > page
+            ]
+            ranges.sort()
+        else:
+            read = self.vm.memory.read
+            ranges = list(paging.mappings(read, registers, start_gva=page, max_ranges=1).ranges)
+        if not ranges:
+            return MemoryRegion(page, (1 << 64) - page, "")
+        found = ranges[0]
+        if found.gva > page:
+            return MemoryRegion(page, found.gva - page, "")
+        offset = page - found.gva
+        length = found.length - offset
+        try:
+            slot = self.vm.memory.find(found.gpa + offset)
+        except GuestMemoryError:  # mapped, but a device or nothing: not to be read
+            return MemoryRegion(page, length, "")
+        permissions = found.permissions
+        text = "r" + "w" * permissions.writable + "x" * (not permissions.no_execute)
+        return MemoryRegion(page, min(length, slot.end - found.gpa - offset), text)
 
     # --- breakpoints ---
 

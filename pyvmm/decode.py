@@ -19,31 +19,29 @@ from pyvmm.vcpurecord import Capability, VcpuRecord
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
 
-_KVM_RUN_IO = struct.Struct("=BBHIQ")  # kvm_run.io in one go: the hottest exit there is
-_KVM_RUN_IO_OFFSET = kvm.kvm_run.exit.offset
+# kvm_run's exit_reason, and the io of its union (tests compare the offsets with the structs').
+_KVM_RUN_OFFSET = kvm.kvm_run.exit_reason.offset
+_KVM_RUN_MMIO = struct.Struct("=Q8sIB")
+_KVM_RUN = struct.Struct(f"=I{kvm.kvm_run.exit.offset - _KVM_RUN_OFFSET - 4}xBBHIQ")
 
 # Exits are values, and a polling guest makes the same few over and over: keep them.
 _in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
+_mmio = functools.lru_cache(maxsize=1024)(exits.Mmio)
 
 
 def decode(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     """The exit that `vcpu`'s kvm_run tells of; None: dealt with, enter again."""
-    return DECODERS.get(vcpu.kvm_run.exit_reason, _unhandled)(vm, vcpu)
-
-
-def _io_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
-    direction, size, port, count, offset = _KVM_RUN_IO.unpack_from(vcpu.map, _KVM_RUN_IO_OFFSET)
-    if direction == kvm.KVM_EXIT_IO_IN:
-        return _in_out(port, size, True, count, b"")
-    return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
+    reason, direction, size, port, count, offset = _KVM_RUN.unpack_from(vcpu.map, _KVM_RUN_OFFSET)
+    if reason == kvm.KVM_EXIT_IO:  # by far the most frequent: everything in one go
+        if direction == kvm.KVM_EXIT_IO_IN:
+            return _in_out(port, size, True, count, b"")
+        return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
+    return DECODERS.get(reason, _unhandled)(vm, vcpu)
 
 
 def _mmio_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
-    mmio = vcpu.kvm_run.mmio
-    length = mmio.len
-    if mmio.is_write:
-        return exits.Mmio(mmio.phys_addr, length, True, bytes(mmio.data[:length]))
-    return exits.Mmio(mmio.phys_addr, length, False, b"")
+    gpa, data, length, is_write = _KVM_RUN_MMIO.unpack_from(vcpu.map, kvm.kvm_run.exit.offset)
+    return _mmio(gpa, length, bool(is_write), data[:length] if is_write else b"")
 
 
 def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
@@ -119,7 +117,6 @@ def _unhandled(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
 
 
 DECODERS: dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]] = {
-    kvm.KVM_EXIT_IO: _io_exit,
     kvm.KVM_EXIT_MMIO: _mmio_exit,
     kvm.KVM_EXIT_HLT: _hlt_exit,
     kvm.KVM_EXIT_DEBUG: _debug_exit,

@@ -244,6 +244,13 @@ def _forget_privileged_segments(cpu: Cpu, new_cpl: int) -> None:
             segment.selector, segment.base, segment.unusable, segment.present = 0, 0, 1, 0
 
 
+def _hlt(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """Only ever a step over it, whose trap ends the halt on a processor, too."""
+    if cpu.mode is CpuMode.V8086 or (cpu.mode is not CpuMode.REAL and cpu.cpl > 0):
+        raise CannotComplete("#GP")
+    cpu.advance(len(prefixes) + 1)
+
+
 INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\xcc", _int3),
     (b"\xcd", _int_n),
@@ -252,6 +259,7 @@ INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\xcf", _iret),
     (b"\xfb", _sti),
     (b"\x8e", _mov_ss),
+    (b"\xf4", _hlt),
 )
 
 

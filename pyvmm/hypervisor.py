@@ -545,9 +545,10 @@ class VM:
                 stepping = Capability.MTRAP_EXIT in vcpu.wanted
             if stepping:
                 exit = self.stepper.step(self, vcpu)
-            elif kvm.run(vcpu.fd):
+            elif vcpu.enter() == 0:
                 exit = decode(self, vcpu)
             else:
+                kvm.check_interrupted()
                 exit = None
                 self.take_kick(vcpu)
             vcpu.last_exit = exit

@@ -16,7 +16,6 @@ import os
 import select
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -238,8 +237,11 @@ class Machine:
 
     def drain_output(self) -> None:
         """Print what the kernel has collected (see coalesced.py)."""
-        if self._coalesced is not None:
-            self._coalesced.drain()
+        self.drainer()()
+
+    def drainer(self) -> Callable[[], None]:
+        """What drain_output() calls: for the run loop, which does it at each exit."""
+        return _nothing if self._coalesced is None else self._coalesced.drain
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -276,6 +278,8 @@ class Machine:
             message, report = str(error.strerror or error), ""
         else:
             message = f"{type(error).__name__}: {error}"
+            import traceback  # here, because it would make every start longer
+
             report = "".join(traceback.format_exception(error)).rstrip()
         where = "" if vcpu_id is None else f"vCPU {vcpu_id}: "
         self.stop(Stop(StopReason.FAILED, where + message, report, vcpu_id))
@@ -430,6 +434,10 @@ class _ExitLimiter:
             handler(cpu, exit)
 
         return counted
+
+
+def _nothing() -> None:
+    pass
 
 
 def _ram_ranges(memory: int) -> list[tuple[int, int]]:

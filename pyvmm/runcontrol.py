@@ -40,6 +40,7 @@ from pyvmm import exits, kvm, vcpu, x86
 from pyvmm.breakpoints import Breakpoints
 from pyvmm.cpustate import Register
 from pyvmm.hypervisor import ALL, VM
+from pyvmm.stop import Stop
 from pyvmm.target import (
     SIGABRT,
     SIGINT,
@@ -94,6 +95,7 @@ class RunControl:
         self._running: frozenset[int] = frozenset()  # whom the debugger resumed last; none: all
         self._newcomers_run = True
         self._states: dict[int, VcpuState] = {}
+        self.crash: Stop | None = None  # the guest cannot go on, and why
 
     def handlers(self) -> dict[type, Handler]:
         """What replaces rows of vcpu.HANDLERS."""
@@ -332,6 +334,7 @@ class RunControl:
     def _on_crash(self, cpu: VcpuThread, exit: exits.Exit) -> None:
         """The guest cannot go on: let the debugger look at it before the VM ends."""
         stop = cpu.machine.crash(cpu.vcpu_id, exit)
+        self.crash = stop
         signal = SIGSEGV if isinstance(exit, exits.Shutdown) else SIGABRT
         self._report(cpu, StopReport(cpu.vcpu_id, signal))
         raise StopVm(stop)

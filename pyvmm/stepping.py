@@ -59,7 +59,9 @@ class Stepper:
         self.used = True
         vcpu.step_rip = cpu.regs.rip
         with self._lock:
-            self._traps.plant(cpu)
+            # A host that delivers the step's #DB at CPL 3 to the guest needs a gate to do so.
+            lend = cpu.cpl == 3 and not vm.host.step_user
+            self._traps.plant(cpu, lend_db_gate=lend)
             try:
                 if not _enter_until_progress(vm, vcpu, cpu):
                     return None
@@ -85,6 +87,7 @@ class Stepper:
         vectors = self._traps.hit(after, before.regs.rip)
         if not vectors:
             return False
+        _take_owed_hlt(vm, vcpu, after)
         leave_handler_frame(after, vectors, before.regs)
         write_state(vcpu, after)
         _forget_single_step(vcpu)
@@ -128,6 +131,24 @@ def _at_breakpoint(vm: VM, cpu: emulate.Cpu) -> bool:
         return VirtualMemory(vm.memory, cpu.sregs).translate(gva) in vm.hlt_traps
     except Exception:  # not mapped
         return False
+
+
+def _take_owed_hlt(vm: VM, vcpu: VcpuRecord, after: emulate.Cpu) -> None:
+    """Make a host that has stepped over a trap's `hlt` forget it.
+
+    Where ring 0 is emulated, the step over a `hlt` ends in a debug exit, and KVM keeps in mind that
+    it has to halt: it leaves with a HLT exit after the *next* instruction that is not stepped,
+    whatever that is.  So the `hlt`, which is still in memory, is executed again without a step:
+    that is the exit that was owed.
+    """
+    if vcpu.kvm_run.exit_reason != kvm.KVM_EXIT_DEBUG or vm.irqchip:
+        return
+    again = kvm.kvm_regs.from_buffer_copy(after.regs)
+    again.rip -= 1
+    vcpu.handle.set(again)
+    vcpu.handle.set_guest_debug(kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_BLOCKIRQ)
+    while not kvm.run(vcpu.fd):
+        vm.take_kick(vcpu)  # what it was about is looked at when the step is over
 
 
 def _forget_single_step(vcpu: VcpuRecord) -> None:

@@ -43,20 +43,52 @@ class StepTraps:
         self._handlers: list[_Handler] = []
         self._gvas: frozenset[int] = frozenset()  # of _handlers
         self._planted: dict[int, int] = {}  # GPA -> the guest's byte
+        # A gate that we made: GPA of the IDT entry, what was in it, the trap it leads to.
+        self._lent: tuple[int, bytes, _Handler] | None = None
 
-    def plant(self, cpu: Cpu) -> None:
-        """Put the traps in place, but not into the instruction that is about to be executed."""
+    def plant(self, cpu: Cpu, *, lend_db_gate: bool = False) -> None:
+        """Put the traps in place, but not into the instruction that is about to be executed.
+
+        `lend_db_gate`: a guest without a handler for #DB gets a gate for this step.
+        """
         start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
         for handler in self._find_handlers(cpu):
             if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
                 continue
-            slot = self._memory.find(handler.gpa)
-            offset = handler.gpa - slot.gpa
-            self._planted[handler.gpa] = slot.pages[offset]
-            slot.pages[offset] = _HLT
+            self._trap(handler.gpa)
+        if lend_db_gate and all(h.vector != x86.VECTOR_DB for h in self._handlers):
+            self._lend_db_gate(cpu)
+
+    def _trap(self, gpa: int) -> None:
+        slot = self._memory.find(gpa)
+        self._planted[gpa] = slot.pages[gpa - slot.gpa]
+        slot.pages[gpa - slot.gpa] = _HLT
+
+    def _lend_db_gate(self, cpu: Cpu) -> None:
+        """Make a gate for vector 1, a copy of another one.
+
+        Without one the step's #DB would become a double fault.  It leads to the second byte of that
+        other one's handler, where nobody goes but through this gate.
+        """
+        model = next((h for h in self._handlers if h.gpa in self._planted), None)
+        size, table = _entry_size(cpu), cpu.sregs.idt
+        if model is None or table.limit < 2 * size - 1 or size != 16 or model.gpa & 0xFFF == 0xFFF:
+            return
+        trap = _Handler(x86.VECTOR_DB, model.gva + 1, model.gpa + 1)
+        gate = bytearray(cpu.read(table.base + model.vector * size, size))
+        gate[0:2] = (trap.gva & 0xFFFF).to_bytes(2, "little")
+        gate[6:12] = (trap.gva >> 16).to_bytes(6, "little")
+        at = table.base + x86.VECTOR_DB * size
+        gpa = VirtualMemory(self._memory, cpu.sregs).translate(at)
+        self._lent = gpa, self._memory.read(gpa, size), trap
+        self._memory.write(gpa, gate)
+        self._trap(trap.gpa)
 
     def remove(self) -> None:
         """Put the guest's bytes back."""
+        if self._lent is not None:
+            self._memory.write(*self._lent[:2])
+            self._lent = None
         for gpa, byte in self._planted.items():
             slot = self._memory.find(gpa)
             # Not if the guest has written there: then its byte is the newer one.
@@ -66,7 +98,7 @@ class StepTraps:
 
     def is_behind_one(self, gva: int) -> bool:
         """Whether a trap may have been executed just before `gva`."""
-        return gva - 1 in self._gvas
+        return gva - 1 in self._gvas or (self._lent is not None and gva - 1 == self._lent[2].gva)
 
     def hit(self, cpu: Cpu, start_rip: int) -> list[int]:
         """The vectors in whose planted trap a vCPU is that just left; none if it is in none.
@@ -75,7 +107,8 @@ class StepTraps:
         `start_rip` was interrupted (which tells it from a jump to the handler's second byte).
         """
         gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip - 1, cpu.mode)
-        vectors = [h.vector for h in self._handlers if h.gva == gva and h.gpa in self._planted]
+        traps = self._handlers if self._lent is None else [*self._handlers, self._lent[2]]
+        vectors = [h.vector for h in traps if h.gva == gva and h.gpa in self._planted]
         if vectors:
             saved_rips = frame(cpu)[:2]  # the first is an error code for some vectors
             if not any(0 <= rip - start_rip <= _MAX_INSTRUCTION for rip in saved_rips):

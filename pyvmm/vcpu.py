@@ -68,7 +68,7 @@ class VcpuThread(threading.Thread):
 
     def _loop(self) -> None:
         """The run loop."""
-        run, vcpu_id, drain = self.vm.run, self.vcpu_id, self.machine.drain_output
+        run, vcpu_id, drain = self.vm.run, self.vcpu_id, self.machine.drainer()
         exit: exits.Exit = exits.Debug()
         while type(exit) is not exits.Ended:
             exit = run(vcpu_id)
@@ -87,6 +87,9 @@ def handle_in_out(cpu: VcpuThread, exit: exits.InOut) -> None:
         cpu.vm.answer(cpu.vcpu_id, b"".join(v.to_bytes(size, "little") for v in values))
         return
     data = exit.data
+    if exit.count == 1:
+        ports.write(port, size, int.from_bytes(data, "little"))
+        return
     for start in range(0, len(data), size):
         ports.write(port, size, int.from_bytes(data[start : start + size], "little"))
 

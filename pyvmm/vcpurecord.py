@@ -60,7 +60,7 @@ class VcpuRecord:
     def __init__(self, vcpu_id: int, handle: kvm.VcpuHandle, lock: threading.Lock) -> None:
         self.vcpu_id = vcpu_id
         self.handle = handle
-        self.fd = handle.fd
+        self.fd, self.enter = handle.fd, handle.enter
         self.kvm_run, self.map = handle.run, handle.map
         # Guarded by VM._lock.
         self.thread_id: int | None = None  # the thread that runs it; None: not active

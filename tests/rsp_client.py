@@ -85,6 +85,7 @@ class RspClient:
         handshake: bool = True,
     ) -> None:
         """Connect; with `handshake` also exchange features and leave acknowledgements behind."""
+        self.console = ""  # what the server wanted the user to read
         if address.path:
             self.socket = socket.socket(socket.AF_UNIX)
             target: Any = address.path
@@ -177,6 +178,9 @@ class RspClient:
     def wait_stop(self, timeout: float = PATIENCE) -> StopReply:
         """The stop reply that is owed.  Raises Refused."""
         payload = self.receive(timeout)
+        while payload.startswith(b"O"):  # text for the user, such as why the guest has crashed
+            self.console += bytes.fromhex(payload[1:].decode()).decode()
+            payload = self.receive(timeout)
         if payload.startswith(b"E"):
             raise Refused(payload.decode(errors="replace"))
         return parse_stop(payload)

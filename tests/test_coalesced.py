@@ -61,7 +61,10 @@ def ring() -> Iterator[Ring]:
 
 
 def test_each_port_is_registered_as_one_byte_of_port_space(ring: Ring) -> None:
-    ring.reader({0x3F8: print, 0xE9: print}).close()
+    reader = ring.reader({0x3F8: print, 0xE9: print})
+    reader.start()
+    reader.start()
+    reader.close()
     assert ring.zones == [(0x3F8, 1, True), (0xE9, 1, True)]
 
 

@@ -30,7 +30,7 @@ from tests.rsp_client import (
     RspClient,
     frame,
 )
-from tests.support import cycles, requires
+from tests.support import cycles, requires, wait_until
 from tests.test_run_control import assert_clean
 
 pytestmark = pytest.mark.kvm
@@ -54,6 +54,8 @@ def masked(debuggee: Debuggee, cpus: int = 4) -> bytes:
 
 def assert_undisturbed(debuggee: Debuggee, before: bytes, cpus: int) -> None:
     """The guest runs on all vCPUs as if no debugger had ever been there, and another can attach."""
+    # The server may not have seen yet that the debugger is gone: it will stop and resume them all.
+    wait_until(lambda: debuggee.server._connection is None, "the debugger is not dropped")
     for vcpu_id in range(cpus):
         debuggee.wait_counts(vcpu_id)
     assert masked(debuggee) == before, "guest memory has changed"

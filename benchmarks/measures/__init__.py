@@ -1,11 +1,10 @@
 """The measures, one module a subject.  MEASURES is the table of them all, in the order shown.
 
-To add one: a function that yields its contenders, a row in its module's MEASURES.  The debug
-server's measures get a module of their own, `debug.py`, with QEMU's stub as another contender.
+To add one: a function that yields its contenders, a row in its module's MEASURES.
 """
 
 from __future__ import annotations
 
-from benchmarks.measures import exits, kick, printing, start
+from benchmarks.measures import debug, exits, kick, printing, start
 
-MEASURES = (*start.MEASURES, *exits.MEASURES, *printing.MEASURES, *kick.MEASURES)
+MEASURES = (*start.MEASURES, *exits.MEASURES, *printing.MEASURES, *kick.MEASURES, *debug.MEASURES)
