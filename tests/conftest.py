@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -38,8 +39,6 @@ def open_fds() -> set[str]:
     """What this process has open, without the descriptor that is used to look."""
     found = set()
     for fd in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):  # the one that listdir used
             found.add(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
-        except OSError:  # the one that listdir used
-            pass
     return found

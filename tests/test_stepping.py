@@ -80,11 +80,8 @@ def prepared(code: bytes, mode: LabMode) -> Bench:
     bench = Bench(code + NOPS, mode)
     bench.activate()
     regs = bench.cpu.get(kvm.kvm_regs)
-    regs.rcx, regs.rdx, regs.rax = 0, 0x10, KERNEL_DATA
-    if code[:1] == b"\xf3":
-        regs.rcx = 1
-    if code == b"\x0f\x32":
-        regs.rcx = x86.MSR_EFER
+    regs.rdx, regs.rax = 0x10, KERNEL_DATA
+    regs.rcx = {b"\xf3": 1, b"\x0f": x86.MSR_EFER}.get(code[:1], 0)  # rep, rdmsr
     regs.rsi = regs.rdi = DATA
     if code[:1] == b"\x9d" or code == b"\x48\xcf":
         regs.rsp -= 40
@@ -106,9 +103,8 @@ def step(bench: Bench) -> exits.Exit:
     """Run until something that is no I/O."""
     for _ in range(8):
         exit = bench.enter()
-        if isinstance(exit, exits.InOut) and exit.is_in:
-            bench.vm.answer(0, b"\x5a")
-        elif isinstance(exit, exits.Mmio) and not exit.is_write:
+        is_read = isinstance(exit, exits.Mmio) and not exit.is_write
+        if is_read or (isinstance(exit, exits.InOut) and exit.is_in):
             bench.vm.answer(0, b"\x5a")
         elif not isinstance(exit, (exits.InOut, exits.Mmio)):
             return exit

@@ -1,4 +1,4 @@
-"""Run this project's KVM tests on two emulated KVM hosts: kvm_amd under QEMU, kvm_intel under Bochs.
+"""Run this project's KVM tests on two emulated hosts: kvm_amd under QEMU, kvm_intel under Bochs.
 
 ``python3 -m tests.hosts amd intel`` needs neither root nor /dev/kvm: both emulators carry out the
 processor's virtualization instructions in software. Each host is Debian's stock kernel with an

@@ -28,6 +28,9 @@ python3 -m pytest -m kvm -v -p no:cacheprovider --junit-xml=$RESULTS/junit.xml {
 def main() -> int:
     """Run what the command line says; return the exit status: 0 where every host succeeded."""
     arguments = _arguments()
+    if arguments.list_packages:
+        print(" ".join(name for host in packages.REQUIRED.values() for name in host))
+        return 0
     # A terminated tool must end its emulators as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -54,7 +57,10 @@ def _arguments() -> argparse.Namespace:
         description="Run the KVM tests, or a command, on emulated KVM hosts.",
         epilog="What follows -- goes to pytest.",
     )
-    parser.add_argument("hosts", nargs="+", choices=sorted(MACHINES), metavar="HOST")
+    parser.add_argument("hosts", nargs="*", metavar="HOST", help=" or ".join(sorted(MACHINES)))
+    parser.add_argument(
+        "--list-packages", action="store_true", help="print the Debian packages that are needed"
+    )
     parser.add_argument("--run", metavar="COMMAND", help="run this shell command, not the tests")
     parser.add_argument("--timeout", type=float, default=1500, metavar="SECONDS", help="a host's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="hosts at a time")
@@ -66,6 +72,9 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args(own)
     arguments.pytest = pytest
     arguments.hosts = list(dict.fromkeys(arguments.hosts))
+    unknown = [host for host in arguments.hosts if host not in MACHINES]
+    if unknown or not (arguments.hosts or arguments.list_packages):
+        parser.error(f"name hosts: {' and '.join(sorted(MACHINES))}")
     return arguments
 
 

@@ -132,7 +132,7 @@ def build_base(root: Path, kernel_release: str, out: Path) -> None:
 
 
 def build_checkout(root: Path, command: str, out: Path) -> None:
-    """Write the archive of /init, the checkout (as the work tree has it) and the job to run in it."""
+    """Write the archive of /init, the checkout (the work tree) and the job to run in it."""
     with tempfile.TemporaryDirectory() as scratch, out.open("wb") as file:
         copy = Path(scratch) / "checkout"
         copy.mkdir()
@@ -161,7 +161,7 @@ def _checkout_files() -> list[str]:
 
 
 def _copy_python(root: Path, scratch: Path) -> Path:
-    """Copy interpreter, libraries, standard library and pytest to scratch; return the interpreter."""
+    """Copy interpreter, libraries and pytest to scratch; return the interpreter."""
     interpreter = next((root / "usr/bin").glob("python3.*"))
     (scratch / "usr/bin").mkdir(parents=True)
     shutil.copy(interpreter, scratch / "usr/bin")

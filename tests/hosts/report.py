@@ -36,7 +36,7 @@ def table(results: Sequence[Result]) -> str:
         lines.append(f"{test:{width}}" + "".join(f"  {outcome:8}" for outcome, _ in cells))
         reasons += [
             f"{result.host}: {test} {outcome}: {reason}"
-            for result, (outcome, reason) in zip(results, cells)
+            for result, (outcome, reason) in zip(results, cells, strict=True)
             if reason
         ]
     lines.append("")
