@@ -1,15 +1,14 @@
 """Processes with a GDB stub: pyvmm and QEMU with the same guest, in the same state.
 
-pyvmm enters a flat binary in long mode by itself.  QEMU, which starts at a processor's reset vector
-as a PC does, gets a ROM of a few instructions instead of its BIOS that brings the guest to the same
-place: 64-bit mode, the same page tables, interrupts off, RIP at the binary.  So both stubs translate
-the same addresses and step the same instructions.
+pyvmm enters a flat binary in long mode by itself.  QEMU starts at the reset vector, as a PC does,
+and gets a ROM of a few instructions instead of its BIOS that brings the guest to the same place:
+64-bit mode, the same page tables, interrupts off, RIP at the binary.  So both stubs translate the
+same addresses and step the same instructions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import struct
@@ -31,8 +30,8 @@ _QEMU_PROGRAM = "qemu-system-x86_64"
 _MEMORY_MIB = 64
 _PATIENCE = 20.0  # seconds that a server may take to start
 
-# cli; no interrupt from the PICs: out 0x21, 0xff; out 0xa1, 0xff; lgdt cs:[_GDTR_AT]; CR4.PAE; CR3 =
-# PAGE_TABLES_GPA; EFER.LME; CR0.PG and CR0.PE; jump to 0x08:LOAD_GPA.
+# cli; no interrupt from the PICs: out 0x21, 0xff; out 0xa1, 0xff; lgdt cs:[_GDTR_AT]; CR4.PAE;
+# CR3 = PAGE_TABLES_GPA; EFER.LME; CR0.PG and CR0.PE; jump to 0x08:LOAD_GPA.
 _TO_LONG_MODE = bytes.fromhex(
     "fa b0ff e621 e6a1 2e660f01164800 66b820000000 0f22e0 66b800100000 0f22d8"
     "66b9800000c0 0f32 0d0001 0f30 0f20c0 660d01000080 0f22c0 66ea000010000800"

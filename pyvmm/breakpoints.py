@@ -17,8 +17,17 @@ import errno
 from dataclasses import dataclass
 
 from pyvmm.hypervisor import VM
+from pyvmm.steptraps import gp_handler
 from pyvmm.target import BreakpointKind, TargetError
-from pyvmm.vcpurecord import ACCESS, EXECUTE, WRITE, Capability, HardwareBreakpoint, VmError
+from pyvmm.vcpurecord import (
+    ACCESS,
+    EXECUTE,
+    WRITE,
+    Capability,
+    Guard,
+    HardwareBreakpoint,
+    VmError,
+)
 
 HLT = 0xF4
 
@@ -97,6 +106,7 @@ class Breakpoints:
         self._vm.memory.write(gpa, bytes((instruction,)))
         if instruction == HLT:
             self._vm.hlt_traps.add(gpa)
+        self.guard_user_mode(vcpu_id)
         self.tell_all()
 
     def remove_software(self, gva: int) -> None:
@@ -113,6 +123,28 @@ class Breakpoints:
         if self._is_there(gpa, patch):
             self._vm.memory.write(gpa, bytes((patch.original,)))
         self._vm.hlt_traps.discard(gpa)
+        if not self._vm.hlt_traps:
+            self._lift_guard()
+
+    def guard_user_mode(self, vcpu_id: int) -> None:
+        """Make planted hlts work in ring 3, too, if the guest has a #GP handler by now.
+
+        To be asked for again before the guest runs: it may have loaded another IDT.
+        """
+        if not self._vm.hlt_traps:
+            return
+        gpa = gp_handler(self._vm.memory, self._vm.cpu(vcpu_id))
+        if self._vm.guard is not None and self._vm.guard.gpa == gpa:
+            return
+        self._lift_guard()
+        if gpa is not None and gpa not in self._patches:
+            self._vm.guard = Guard(gpa, self._vm.memory.read(gpa, 1)[0])
+            self._vm.memory.write(gpa, bytes((HLT,)))
+
+    def _lift_guard(self) -> None:
+        guard, self._vm.guard = self._vm.guard, None
+        if guard is not None and self._vm.memory.read(guard.gpa, 1)[0] == HLT:
+            self._vm.memory.write(guard.gpa, bytes((guard.original,)))
 
     def _is_there(self, gpa: int, patch: Patch) -> bool:
         """Whether the patch is still in memory: the guest may have loaded other code meanwhile."""
@@ -203,6 +235,9 @@ class Breakpoints:
     def hide(self, gpa: int, data: bytes) -> bytes:
         """`data`, which was read at `gpa`, with the guest's own bytes instead of ours."""
         inside = [at for at in self._patches if gpa <= at < gpa + len(data)]
+        guard = self._vm.guard
+        if guard is not None and gpa <= guard.gpa < gpa + len(data):
+            data = data[: guard.gpa - gpa] + bytes((guard.original,)) + data[guard.gpa - gpa + 1 :]
         if not inside:
             return data
         clean = bytearray(data)
@@ -219,4 +254,8 @@ class Breakpoints:
             if gpa <= at < gpa + len(data):
                 patch.original = data[at - gpa]
                 patched[at - gpa] = patch.instruction
+        guard = self._vm.guard
+        if guard is not None and gpa <= guard.gpa < gpa + len(data):
+            guard.original = data[guard.gpa - gpa]
+            patched[guard.gpa - gpa] = HLT
         self._vm.memory.write(gpa, patched)

@@ -292,7 +292,7 @@ FINDINGS = (
     ),
     Finding(
         "breakpoint-user", "software breakpoints, CPL 3", lambda h: h.breakpoint_user,
-        "break works in user programs", "an int3 in a user program goes to the guest's kernel",
+        "break works in user programs", "int3 stays in the guest: break works once it has a #GP handler",
     ),
     Finding(
         "breakpoint-real", "software breakpoints, real mode",

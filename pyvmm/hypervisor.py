@@ -44,6 +44,7 @@ from pyvmm.stepping import Stepper
 from pyvmm.vcpurecord import (
     KICK_SIGNAL,
     Capability,
+    Guard,
     HardwareBreakpoint,
     Injection,
     VcpuRecord,
@@ -76,6 +77,7 @@ class VM:
         self.memory = GuestMemory(self.handle)
         self.stepper = Stepper(self.memory)
         self.irqchip = False
+        self.guard: Guard | None = None  # makes hlt_traps work in ring 3
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
         self._lock = threading.Lock()
@@ -346,8 +348,6 @@ class VM:
         int3_exits = self.host.breakpoint_real if real else self.host.breakpoint_as_such
         if int3_exits:
             return 0xCC
-        if sregs.ss.dpl == 3 and not real:
-            raise VmError(errno.ENOTSUP, "this host cannot stop at breakpoints in ring 3")
         if not self.irqchip:
             return 0xF4
         if self.host.breakpoint and not real:

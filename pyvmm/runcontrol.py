@@ -172,6 +172,7 @@ class RunControl:
                 self._try_to_report(vcpu_id)
             if self._stop is not None:
                 return  # an event was waiting: nobody runs before it is reported
+            self.breakpoints.guard_user_mode(min(actions))
             self._running, self._newcomers_run = frozenset(actions), newcomers_run
             self._resume(self._running, newcomers_run)
 

@@ -24,7 +24,7 @@ from pyvmm import emulate, exits, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
-from pyvmm.steptraps import StepTraps, leave_handler_frame
+from pyvmm.steptraps import StepTraps, leave_handler_frame, undo_fault
 from pyvmm.vcpurecord import Capability, VcpuRecord
 
 if TYPE_CHECKING:
@@ -52,8 +52,12 @@ class Stepper:
         length = x86.int3_length(code, cpu.mode)
         if length is not None and Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
-        if code[:1] == b"\xf4" and _at_breakpoint(vm, cpu):
-            return exits.Bpt(1)
+        if code[:1] == b"\xf4" and vm.hlt_traps:
+            gpa = _gpa_of_rip(vm, cpu)
+            if gpa in vm.hlt_traps:
+                return exits.Bpt(1)
+            if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != 0xF4:
+                return self._step_without_guard(vm, vcpu)
         if complete_in_software(vcpu, cpu, code):
             return exits.Mtrap()
         self.used = True
@@ -115,22 +119,55 @@ class Stepper:
         with self._lock:  # until another's step is over and the guest's bytes are back
             cpu = copy_state(vm.memory, vcpu)
             cpu.regs.rip -= 1
-            breakpoint = _at_breakpoint(vm, cpu)
-            if not breakpoint and cpu.fetch(1) == b"\xf4":
-                return False, None
-            vcpu.handle.set(cpu.regs)
-            return True, exits.Bpt(1) if breakpoint else None
+            if _at_breakpoint(vm, cpu):
+                vcpu.handle.set(cpu.regs)
+                return True, exits.Bpt(1)
+            guarded = vm.guard is not None and _gpa_of_rip(vm, cpu) == vm.guard.gpa
+            if not guarded:
+                if cpu.fetch(1) == b"\xf4":
+                    return False, None
+                vcpu.handle.set(cpu.regs)
+                return True, None
+        return True, self._at_gp_handler(vm, vcpu, cpu)
+
+    def _at_gp_handler(self, vm: VM, vcpu: VcpuRecord, cpu: emulate.Cpu) -> exits.Exit | None:
+        """A #GP has reached the guarded handler: a breakpoint in ring 3, or the guest's own."""
+        undone = undo_fault(cpu)
+        if undone and _at_breakpoint(vm, cpu):
+            write_state(vcpu, cpu)
+            return exits.Bpt(1)
+        if undone:
+            cpu = copy_state(vm.memory, vcpu)
+            cpu.regs.rip -= 1
+        vcpu.handle.set(cpu.regs)
+        exit = self._step_without_guard(vm, vcpu)
+        vcpu.set_guest_debug()
+        return None if isinstance(exit, exits.Mtrap) else exit
+
+    def _step_without_guard(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+        """Step over the first instruction of the #GP handler, with the guest's byte in place."""
+        guard = vm.guard
+        if guard is None:  # taken away by a debugger in this moment
+            return self.step(vm, vcpu)
+        vm.memory.write(guard.gpa, bytes((guard.original,)))
+        try:
+            return self.step(vm, vcpu)
+        finally:
+            if vm.guard is guard:
+                vm.memory.write(guard.gpa, b"\xf4")
 
 
 def _at_breakpoint(vm: VM, cpu: emulate.Cpu) -> bool:
     """Whether a debugger has planted `hlt` at RIP."""
-    if not vm.hlt_traps:
-        return False
+    return bool(vm.hlt_traps) and _gpa_of_rip(vm, cpu) in vm.hlt_traps
+
+
+def _gpa_of_rip(vm: VM, cpu: emulate.Cpu) -> int | None:
     gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
     try:
-        return VirtualMemory(vm.memory, cpu.sregs).translate(gva) in vm.hlt_traps
+        return VirtualMemory(vm.memory, cpu.sregs).translate(gva)
     except Exception:  # not mapped
-        return False
+        return None
 
 
 def _take_owed_hlt(vm: VM, vcpu: VcpuRecord, after: emulate.Cpu) -> None:
@@ -177,7 +214,7 @@ def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool
     start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
     for _ in range(_MAX_REPEATS):
         # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
-        vcpu.set_guest_debug()
+        vcpu.set_guest_debug(step=True)
         if not kvm.run(vcpu.fd):
             vcpu.last_exit = None
             vm.take_kick(vcpu)

@@ -201,6 +201,39 @@ def frame(cpu: Cpu) -> list[int]:
     return values
 
 
+def gp_handler(memory: GuestMemory, cpu: Cpu) -> int | None:
+    """The GPA of the guest's #GP handler; None if it has none, or knows no rings."""
+    if cpu.mode is CpuMode.REAL:
+        return None
+    size = _entry_size(cpu)
+    gate = cpu.sregs.idt.base + x86.VECTOR_GP * size
+    try:
+        if x86.VECTOR_GP * size + size - 1 > cpu.sregs.idt.limit:
+            return None
+        entry = bytes(x86.VECTOR_GP * size) + cpu.read(gate, size)
+        found = _handlers(cpu, VirtualMemory(memory, cpu.sregs), entry, memory)
+        return next((h.gpa for h in found if h.vector == x86.VECTOR_GP), None)
+    except Exception:  # no IDT that could be read
+        return None
+
+
+def undo_fault(cpu: Cpu) -> bool:
+    """Go back from the first instruction of a handler with an error code to what faulted in ring 3.
+
+    False, with nothing changed, if it was not entered from there.
+    """
+    _, rip, cs, rflags, rsp, ss = frame(cpu)
+    if cs & 3 != 3:
+        return False
+    try:
+        cpu.sregs.cs, cpu.sregs.ss = load_descriptor(cpu, cs), load_descriptor(cpu, ss)
+    except CannotComplete:
+        return False
+    cpu.regs.rip, cpu.regs.rsp = rip, rsp
+    cpu.regs.rflags = rflags & ~x86.RFLAGS_RF
+    return True
+
+
 def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:
     """Make a stop in a handler's trap look like a step that ended where it should.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -52,6 +53,17 @@ class HardwareBreakpoint(NamedTuple):
 
 
 EXECUTE, WRITE, ACCESS = 0, 1, 3  # Intel SDM vol. 3B, "Debug Control Register (DR7)"
+
+
+@dataclass
+class Guard:
+    """A `hlt` on the first byte of the guest's #GP handler, in place of `original`.
+
+    In ring 3 a planted `hlt` raises #GP; that is how a breakpoint there is noticed.
+    """
+
+    gpa: int
+    original: int
 
 
 class VcpuRecord:
@@ -104,15 +116,16 @@ class VcpuRecord:
             or Capability.MTRAP_EXIT in self.wanted
         )
 
-    def set_guest_debug(self) -> None:
+    def set_guest_debug(self, *, step: bool = False) -> None:
         """Tell KVM which traps are wanted now (KVM_SET_GUEST_DEBUG).  On the vCPU's own thread.
 
-        This also takes the trap flag out of RFLAGS again when no step is wanted any more.
+        `step` adds a single-step that nobody has asked for.  Without one, this takes the trap flag
+        out of RFLAGS again.
         """
         control = 0
         if Capability.BPT_EXIT in self.wanted:
             control |= kvm.KVM_GUESTDBG_USE_SW_BP
-        if Capability.MTRAP_EXIT in self.wanted:
+        if step or Capability.MTRAP_EXIT in self.wanted:
             control |= kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_BLOCKIRQ
         debugreg = [0] * 8
         if self.breakpoints:

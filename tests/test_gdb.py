@@ -1028,7 +1028,7 @@ def test_kill_ends_the_vm(counter: Serving) -> None:
 def test_a_second_gdb_is_refused_and_the_first_not_disturbed(gdb: Gdb, counter: Serving) -> None:
     gdb.connect(counter)
     text = gdb_batch(counter, "print $pc")
-    assert re.search("Remote connection closed|Connection reset", text)
+    assert "one at a time" in text or re.search("Remote connection closed|Connection reset", text)
     assert gdb.number("$pc") == 0x10_0000
     assert "one at a time" in counter.messages
 

@@ -177,14 +177,13 @@ def _attach_contenders(context: Context) -> Iterator[Contenders]:
     """gdb as a user starts it, up to its first prompt and out again."""
     guest = guests.write_guest(context.folder, "halted", _HALTED)
     with contextlib.ExitStack() as stack:
-        contenders = {PYVMM: functools.partial(_attach, stack.enter_context(stubs.pyvmm(guest)))}
+        stub = stack.enter_context(stubs.pyvmm(guest))
+        contenders: Contenders = {PYVMM: functools.partial(_attach, stub)}
         try:
-            contenders[QEMU] = functools.partial(
-                _attach, stack.enter_context(stubs.qemu(context.folder, guest))
-            )
+            qemu = stack.enter_context(stubs.qemu(context.folder, guest))
+            contenders[QEMU] = functools.partial(_attach, qemu)
         except Unavailable as reason:
-            yield {**contenders, QEMU: functools.partial(_raise, reason)}
-            return
+            contenders[QEMU] = functools.partial(_raise, reason)
         yield contenders
 
 
@@ -203,7 +202,7 @@ def _attach(stub: Stub) -> Sample:
     return Sample(wall * 1e3)
 
 
-_STOPS = 20  # a sample's value is their median
+_STOPS = 10  # a sample's value is their median
 _SETTLE = 0.05  # seconds for all vCPUs to be where they are going
 
 
@@ -215,7 +214,9 @@ def _stop_contenders(code: bytes, cpus: int, context: Context) -> Iterator[Conte
     with contextlib.ExitStack() as stack:
 
         def client_of(number: int) -> RspClient:
-            return stack.enter_context(RspClient(stack.enter_context(stubs.pyvmm(guest, number)).port))
+            return stack.enter_context(
+                RspClient(stack.enter_context(stubs.pyvmm(guest, number)).port)
+            )
 
         many = client_of(cpus)
         contenders = {PYVMM: lambda: Sample(_stop_latency(many, stops))}
@@ -242,7 +243,8 @@ def _stop_latency(client: RspClient, stops: int) -> float:
 
 
 def _stop_measure(state: str, code: bytes, cpus: int) -> Measure:
-    goal = Goal(_linear(cpus), at_most=1) if cpus > 1 else None
+    # When each of many spinning ones gets its turn is up to the host's scheduler.
+    goal = Goal(_linear(cpus), at_most=1) if cpus > 1 and code == _HALTED else None
     if cpus == 64 and code == _HALTED:
         goal = Goal(at_most=5)
     return Measure(
