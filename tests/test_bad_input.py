@@ -15,6 +15,8 @@ from pyvmm.cli import main
 from tests.conftest import GUESTS, open_fds
 from tests.test_command_line import one_line, pyvmm, without_power_over_permissions
 
+pytestmark = pytest.mark.process
+
 HELLO, HELLO_ELF = GUESTS / "hello.bin", GUESTS / "hello.elf"
 
 

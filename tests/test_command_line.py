@@ -24,6 +24,8 @@ import pytest
 from pyvmm.hostprobe import FINDINGS
 from tests.conftest import GUESTS, REPOSITORY
 
+pytestmark = pytest.mark.process
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 COMMAND = (sys.executable, "-m", "pyvmm")
 PATIENCE = 10  # seconds: never reached unless there is a bug

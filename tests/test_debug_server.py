@@ -140,6 +140,7 @@ def served(*arguments: object, address: str = "0", listens: bool = True) -> Iter
                     pipe.close()
 
 
+@pytest.mark.process
 @kvm
 def test_a_bad_address_is_a_usage_error() -> None:
     for text in ("x", "99999", "unix:", "1.2.3.4:"):
@@ -148,6 +149,7 @@ def test_a_bad_address_is_a_usage_error() -> None:
         assert result.stderr.count("\n") == 1 and text in result.stderr
 
 
+@pytest.mark.process
 @kvm
 def test_a_port_in_use_is_one_line_and_status_4() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -158,6 +160,7 @@ def test_a_port_in_use_is_one_line_and_status_4() -> None:
     assert f"127.0.0.1:{port}" in result.stderr and "in use" in result.stderr
 
 
+@pytest.mark.process
 @kvm
 @pytest.mark.parametrize(
     "address", ["192.0.2.1:1", "no.such.host.invalid:1", "unix:/no/such/dir/s"]
@@ -169,6 +172,7 @@ def test_an_address_that_cannot_be_used_is_one_line_and_status_4(address: str) -
     assert address in result.stderr, "which address?"
 
 
+@pytest.mark.process
 @kvm
 def test_it_waits_before_the_first_instruction_and_ends_with_the_guest() -> None:
     with served(GUESTS / "hello.bin") as server:
@@ -181,6 +185,7 @@ def test_it_waits_before_the_first_instruction_and_ends_with_the_guest() -> None
         assert server.finish() == (0, "Hello from long mode!\n", "")
 
 
+@pytest.mark.process
 @kvm
 def test_the_guests_exit_status_is_in_the_w_packet() -> None:
     with served(GUESTS / "exit.bin") as server, server.connect() as client:
@@ -189,6 +194,7 @@ def test_the_guests_exit_status_is_in_the_w_packet() -> None:
         assert server.finish()[0] == 85
 
 
+@pytest.mark.process
 @kvm
 def test_nowait_lets_the_guest_run_and_a_debugger_attach(tmp_path: Path) -> None:
     guest = tmp_path / "guest.bin"
@@ -204,12 +210,14 @@ def test_nowait_lets_the_guest_run_and_a_debugger_attach(tmp_path: Path) -> None
         assert server.finish()[0] == 0
 
 
+@pytest.mark.process
 @kvm
 def test_a_guest_that_ends_before_a_debugger_comes_ends_pyvmm() -> None:
     result = pyvmm("--gdb", "0", "--gdb-nowait", GUESTS / "hello.bin")
     assert (result.returncode, result.stdout) == (0, "Hello from long mode!\n")
 
 
+@pytest.mark.process
 @kvm
 def test_kill_ends_pyvmm_with_status_0() -> None:
     for packet, reply in (("k", b"X09"), ("vKill;1", b"OK")):
@@ -218,6 +226,7 @@ def test_kill_ends_pyvmm_with_status_0() -> None:
             assert server.finish() == (0, "", "")
 
 
+@pytest.mark.process
 @kvm
 def test_monitor_quit_ends_pyvmm() -> None:
     with served(GUESTS / "hello.bin") as server, server.connect() as client:
@@ -225,6 +234,7 @@ def test_monitor_quit_ends_pyvmm() -> None:
         assert server.finish()[0] == 0
 
 
+@pytest.mark.process
 @kvm
 def test_detach_lets_the_guest_run_to_its_end() -> None:
     with served(GUESTS / "hello.bin") as server, server.connect() as client:
@@ -234,6 +244,7 @@ def test_detach_lets_the_guest_run_to_its_end() -> None:
         assert server.finish() == (0, "Hello from long mode!\n", "")
 
 
+@pytest.mark.process
 @kvm
 def test_a_vanished_debugger_lets_the_guest_run_to_its_end() -> None:
     with served(GUESTS / "hello.bin") as server, server.connect() as client:
@@ -243,6 +254,7 @@ def test_a_vanished_debugger_lets_the_guest_run_to_its_end() -> None:
         assert server.finish() == (0, "Hello from long mode!\n", "")
 
 
+@pytest.mark.process
 @kvm
 def test_timeout_counts_while_the_debugger_waits() -> None:
     with served(GUESTS / "hello.bin", "--timeout", "0.5") as server, server.connect() as client:
@@ -251,12 +263,14 @@ def test_timeout_counts_while_the_debugger_waits() -> None:
         assert status == 124 and "time limit" in complaints
 
 
+@pytest.mark.process
 @kvm
 def test_timeout_without_a_debugger_ends_the_wait() -> None:
     with served(GUESTS / "hello.bin", "--timeout", "0.3") as server:
         assert server.finish()[0] == 124
 
 
+@pytest.mark.process
 @kvm
 def test_timeout_while_the_guest_runs_is_told() -> None:
     with served(GUESTS / "counter.bin", "--timeout", "0.5") as server, server.connect() as client:
@@ -265,6 +279,7 @@ def test_timeout_while_the_guest_runs_is_told() -> None:
         assert server.finish()[0] == 124
 
 
+@pytest.mark.process
 @kvm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("running", [False, True], ids=["stopped", "running"])
@@ -280,6 +295,7 @@ def test_a_signal_ends_pyvmm_while_a_debugger_is_there(number: int, running: boo
             assert (stop.kind, stop.signal) == ("W", 128 + number)
 
 
+@pytest.mark.process
 @kvm
 def test_a_crash_stops_the_session_and_then_ends_it_with_the_report() -> None:
     with served(GUESTS / "triplefault.bin") as server, server.connect() as client:
@@ -292,6 +308,7 @@ def test_a_crash_stops_the_session_and_then_ends_it_with_the_report() -> None:
         assert status == 6 and "triple fault" in complaints
 
 
+@pytest.mark.process
 @kvm
 def test_catch_int3_on_the_command_line() -> None:
     requires("breakpoint")
@@ -301,6 +318,7 @@ def test_catch_int3_on_the_command_line() -> None:
         assert server.finish()[1].startswith("int3 at 0x100018, handler saw 0x100019\n")
 
 
+@pytest.mark.process
 @kvm
 def test_unix_socket_serves_and_is_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "gdb.sock"
@@ -313,6 +331,7 @@ def test_unix_socket_serves_and_is_removed_at_the_end(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.process
 @kvm
 def test_unix_socket_that_exists_is_one_line_and_status_4(tmp_path: Path) -> None:
     path = tmp_path / "taken"
@@ -323,6 +342,7 @@ def test_unix_socket_that_exists_is_one_line_and_status_4(tmp_path: Path) -> Non
     assert path.read_text() == "precious"
 
 
+@pytest.mark.process
 @kvm
 def test_unix_socket_that_somebody_removed_is_no_error_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "gdb.sock"
@@ -355,6 +375,7 @@ class _Pipes:
                 self.decoder.receive(data)
 
 
+@pytest.mark.process
 @kvm
 def test_stdio_speaks_packets_there_and_prints_the_guests_output_on_stderr() -> None:
     with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
@@ -368,6 +389,7 @@ def test_stdio_speaks_packets_there_and_prints_the_guests_output_on_stderr() -> 
         assert "Hello from long mode!\n" in complaints and "Traceback" not in complaints
 
 
+@pytest.mark.process
 @kvm
 def test_stdio_that_is_closed_lets_the_guest_run_on() -> None:
     with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
@@ -380,6 +402,7 @@ def test_stdio_that_is_closed_lets_the_guest_run_on() -> None:
         assert b"Hello from long mode!\n" in server.process.stderr.read()
 
 
+@pytest.mark.process
 @kvm
 def test_stdio_from_dev_null_is_a_debugger_that_has_gone() -> None:
     result = pyvmm("--gdb", "stdio", GUESTS / "hello.bin")

@@ -14,7 +14,7 @@ from tests.conftest import GUESTS, REPOSITORY
 from tests.gdb_client import ENVIRONMENT, PATIENCE, Serving, needs_lldb, serving, wait_for
 from tests.support import requires
 
-pytestmark = [pytest.mark.kvm, needs_lldb]
+pytestmark = [pytest.mark.kvm, pytest.mark.process, needs_lldb]
 
 
 COMMAND = ("lldb", "--no-lldbinit", "--no-use-colors")

@@ -21,7 +21,8 @@ from tests.hosts.packages import HostsError
 # What runs inside without --run. The probe's JSON comes back even where the tests fail.
 TESTS = """\
 python3 -m pyvmm --probe --json >$RESULTS/probe.json || echo "@@error the probe failed"
-python3 -m pytest -m kvm -v -p no:cacheprovider --junit-xml=$RESULTS/junit.xml {arguments}
+python3 -m pytest -m 'kvm and not process' -v -o timeout=600 -p no:cacheprovider \\
+    --junit-xml=$RESULTS/junit.xml {arguments}
 """
 
 
