@@ -12,8 +12,9 @@ The rest of pyvmm asks `host()` for what it needs to know.  `FINDINGS` is the ta
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pyvmm import kvm
 from pyvmm.lab import CODE, DATA, Lab, LabMode
@@ -27,11 +28,25 @@ _NOP, _INT3 = b"\x90", b"\xcc"
 _INT3_LONG = b"\x66\xcc"  # with a prefix: two bytes
 
 
+_Result = TypeVar("_Result")
+
+
+class experiment(functools.cached_property[_Result]):
+    """A property that is measured when first read, once also when several threads read it."""
+
+    def __get__(self, probe: Any, owner: type | None = None) -> Any:
+        if probe is None:
+            return self
+        with probe.lock:  # cached_property's own lock is gone from Python 3.12 on
+            return super().__get__(probe, owner)
+
+
 class HostProbe:
-    """The findings about one host; each attribute is an experiment, made when first read."""
+    """The findings about one host; each `experiment` is made when first asked for."""
 
     def __init__(self, device: str = "/dev/kvm") -> None:
         self.device = device
+        self.lock = threading.RLock()  # one experiment at a time
 
     def _lab(self, mode: LabMode, code: bytes) -> Lab:
         return Lab(mode, code, self.device)
@@ -51,29 +66,29 @@ class HostProbe:
                 or reason == kvm.KVM_EXIT_INTERNAL_ERROR
             )
 
-    @functools.cached_property
+    @experiment
     def breakpoint(self) -> bool:
         """int3 at CPL 0 in 64-bit mode leaves the guest."""
         return self._intercepts(LabMode.LONG, _INT3)
 
-    @functools.cached_property
+    @experiment
     def breakpoint_as_such(self) -> bool:
         """The same, and as a debug exit: not by way of a failed emulation."""
         with self._lab(LabMode.LONG, _INT3) as lab:
             lab.cpu.set_guest_debug(_ENABLE | _SW_BP)
             return lab.run() == kvm.KVM_EXIT_DEBUG
 
-    @functools.cached_property
+    @experiment
     def breakpoint_user(self) -> bool:
         """int3 at CPL 3 leaves the guest."""
         return self._intercepts(LabMode.USER, _INT3)
 
-    @functools.cached_property
+    @experiment
     def breakpoint_real(self) -> bool:
         """int3 in real mode leaves the guest."""
         return self._intercepts(LabMode.REAL, _INT3)
 
-    @functools.cached_property
+    @experiment
     def hlt_leaves(self) -> bool:
         """hlt in real mode and at CPL 0 leaves the guest: a trap instruction where int3 is none.
 
@@ -90,17 +105,17 @@ class HostProbe:
                 return lab.delivered_vector() == VECTOR_BP and lab.pushed_rip() == start + 1
             return False
 
-    @functools.cached_property
+    @experiment
     def own_int3_native(self) -> bool:
         """The host delivers a guest's own int3 at CPL 0 by itself (if not, pyvmm does)."""
         return self._own_int3(LabMode.LONG)
 
-    @functools.cached_property
+    @experiment
     def own_int3_user(self) -> bool:
         """A guest's own int3 at CPL 3 reaches its handler."""
         return self._own_int3(LabMode.USER)
 
-    @functools.cached_property
+    @experiment
     def injection(self) -> Injection:
         """What the host adds to RIP when a #BP is injected after an int3 has left the guest."""
         moved = 8
@@ -137,17 +152,17 @@ class HostProbe:
                     return False
             return True
 
-    @functools.cached_property
+    @experiment
     def step(self) -> bool:
         """Single-step at CPL 0."""
         return self._steps(LabMode.LONG)
 
-    @functools.cached_property
+    @experiment
     def step_user(self) -> bool:
         """Single-step at CPL 3."""
         return self._steps(LabMode.USER)
 
-    @functools.cached_property
+    @experiment
     def step_user_delivered(self) -> bool:
         """A single-step at CPL 3 executes its instruction, but its #DB goes to the guest.
 
@@ -160,7 +175,7 @@ class HostProbe:
             rsp = lab.cpu.get(kvm.kvm_regs).rsp
             return lab.memory.read(rsp, 8) == (start + 1).to_bytes(8, "little")
 
-    @functools.cached_property
+    @experiment
     def step_real(self) -> bool:
         """Single-step in real mode."""
         return self._steps(LabMode.REAL)
@@ -173,23 +188,23 @@ class HostProbe:
             lab.cpu.set_guest_debug(_ENABLE | _HW_BP, [gva, 0, 0, 0, 0, 0, 0, dr7])
             return lab.run() == kvm.KVM_EXIT_DEBUG and bool(lab.cpu.run.debug.dr6 & DR6_HITS)
 
-    @functools.cached_property
+    @experiment
     def hardware_breakpoint(self) -> bool:
         """Hardware execute breakpoint at CPL 0."""
         return self._hits(LabMode.LONG, _NOP * 4, CODE + 2, 0b0000)
 
-    @functools.cached_property
+    @experiment
     def hardware_breakpoint_user(self) -> bool:
         """Hardware execute breakpoint at CPL 3."""
         return self._hits(LabMode.USER, _NOP * 4, CODE + 2, 0b0000)
 
-    @functools.cached_property
+    @experiment
     def watchpoint(self) -> bool:
         """Hardware watchpoint on data, at CPL 0."""
         store_dword_at_data = b"\x89\x04\x25" + DATA.to_bytes(4, "little")
         return self._hits(LabMode.LONG, store_dword_at_data + _NOP, DATA, 0b1101)
 
-    @functools.cached_property
+    @experiment
     def watchpoint_user(self) -> bool:
         """Hardware watchpoint on data, at CPL 3."""
         store_dword_at_data = b"\x89\x04\x25" + DATA.to_bytes(4, "little")
@@ -202,29 +217,29 @@ class HostProbe:
             start = lab.rip
             return lab.run() == kvm.KVM_EXIT_HLT and lab.rip == start + len(code) + 1
 
-    @functools.cached_property
+    @experiment
     def long_mode(self) -> bool:
         """A 64-bit guest runs."""
         return self._reaches_end(LabMode.LONG)
 
-    @functools.cached_property
+    @experiment
     def protected_mode(self) -> bool:
         """A 32-bit guest runs."""
         return self._reaches_end(LabMode.PROTECTED)
 
-    @functools.cached_property
+    @experiment
     def real_mode(self) -> bool:
         """A 16-bit guest runs."""
         return self._reaches_end(LabMode.REAL)
 
-    @functools.cached_property
+    @experiment
     def iret32(self) -> bool:
         """`iret` works in 32-bit protected mode."""
         # pushf; push cs; push the address behind; iret
         code = b"\x9c\x0e\x68" + (CODE + 8).to_bytes(4, "little") + b"\xcf"
         return self._reaches_end(LabMode.PROTECTED, code)
 
-    @functools.cached_property
+    @experiment
     def iret32_leaves(self) -> bool:
         """It does not, but fails in a way that lets pyvmm execute it (emulate.py)."""
         with self._lab(LabMode.PROTECTED, b"\xcf") as lab:
@@ -237,22 +252,22 @@ class HostProbe:
         finally:
             system.close()
 
-    @functools.cached_property
+    @experiment
     def irqchip(self) -> bool:
         """In-kernel interrupt controllers."""
         return self._extension(kvm.KVM_CAP_IRQCHIP)
 
-    @functools.cached_property
+    @experiment
     def coalesced_pio(self) -> bool:
         """Port writes can be collected by the kernel."""
         return self._extension(kvm.KVM_CAP_COALESCED_PIO)
 
-    @functools.cached_property
+    @experiment
     def readonly_memory(self) -> bool:
         """Memory slots can be read-only."""
         return self._extension(kvm.KVM_CAP_READONLY_MEM)
 
-    @functools.cached_property
+    @experiment
     def statistics(self) -> bool:
         """Binary statistics descriptors."""
         return self._extension(kvm.KVM_CAP_BINARY_STATS_FD)
@@ -292,7 +307,8 @@ FINDINGS = (
     ),
     Finding(
         "breakpoint-user", "software breakpoints, CPL 3", lambda h: h.breakpoint_user,
-        "break works in user programs", "int3 stays in the guest: break works once it has a #GP handler",
+        "break works in user programs",
+        "int3 stays in the guest: break works once it has a #GP handler",
     ),
     Finding(
         "breakpoint-real", "software breakpoints, real mode",
