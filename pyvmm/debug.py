@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 
 DEFAULT_HOST = "127.0.0.1"
 
-_CHUNK = 1 << 18  # bytes to receive at a time: a whole packet of the largest size
+# Bytes to receive at a time.  For a buffer of 128 KiB or more malloc() would map and unmap pages at
+# each packet, which takes longer than to answer a small one.
+_CHUNK = 1 << 14
 _STOP_SECONDS = 5.0  # how long a stop may take before the user is told which vCPU is late
 _JOIN_SECONDS = 15.0
 _MAX_REFUSED = 8  # connections that may wait to be refused

@@ -132,10 +132,11 @@ class MachineTarget:
     def read_registers(self, vcpu_id: int, banks: Bank) -> dict[str, Value]:
         """See Target."""
         known, values = self._registers.get(vcpu_id, (Bank(0), {}))
-        if banks & ~known:
+        missing = banks & ~known
+        if missing:
             with _errors():
-                values = values | debugstate.read(self.vm.state(vcpu_id), banks & ~known)
-            self._registers[vcpu_id] = known | banks, values
+                values = values | debugstate.read(self.vm.state(vcpu_id), missing)
+            self._registers[vcpu_id] = known | missing, values
         return values
 
     def _forget(self) -> None:

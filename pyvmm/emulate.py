@@ -69,6 +69,12 @@ class Cpu:
         return b""
 
 
+def may_complete(code: bytes, mode: CpuMode) -> bool:
+    """Whether `code` may begin with one of our instructions: told from the first byte of it."""
+    _, rest = x86.split_prefixes(code, mode)
+    return rest[:1] in _FIRST_BYTES
+
+
 def complete(cpu: Cpu, code: bytes) -> bool:
     """Execute the instruction that `code`, the bytes at RIP, begins with, if it is one of ours.
 
@@ -261,6 +267,7 @@ INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\x8e", _mov_ss),
     (b"\xf4", _hlt),
 )
+_FIRST_BYTES = {opcode[:1] for opcode, _ in INSTRUCTIONS}
 
 
 # --- interrupt delivery ------------------------------------------------------------------------

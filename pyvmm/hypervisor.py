@@ -196,6 +196,8 @@ class VM:
 
     def _kick(self, vcpu: VcpuRecord) -> None:
         # The lock guards "this thread still exists": pthread_kill on a finished one may crash.
+        if vcpu.thread_id == threading.get_ident():
+            return  # it looks at `attention` before it enters; a kick would only undo its next step
         vcpu.wake.notify_all()
         if vcpu.thread_id is not None and not vcpu.asleep and not vcpu.kicked:
             vcpu.kicked = True  # one at a time: real-time signals queue up
@@ -386,8 +388,7 @@ class VM:
         """KVM must be told before the next entry; only the vCPU's own thread can (lock held)."""
         vcpu.stale = True
         vcpu.update_attention()
-        if vcpu.thread_id != threading.get_ident():
-            self._kick(vcpu)
+        self._kick(vcpu)
 
     # --- registers and events ------------------------------------------------------------------
 

@@ -848,6 +848,14 @@ class VmHandle(Handle):
         self.ioctl(KVM_IRQFD, kvm_irqfd(eventfd, gsi, flags))
 
 
+@functools.lru_cache(maxsize=64)  # a debugger steps with the same ones thousands of times
+def _guest_debug(control: int, debugreg: tuple[int, ...]) -> kvm_guest_debug:
+    debug = kvm_guest_debug(control)
+    for number, value in enumerate(debugreg):
+        debug.debugreg[number] = value
+    return debug
+
+
 class VcpuHandle(Handle):
     """A vCPU's descriptor and its mapped `struct kvm_run`."""
 
@@ -913,7 +921,4 @@ class VcpuHandle(Handle):
 
     def set_guest_debug(self, control: int, debugreg: Iterable[int] = ()) -> None:
         """KVM_SET_GUEST_DEBUG with KVM_GUESTDBG_* flags and DR0..DR7 (DR4, DR5 unused)."""
-        debug = kvm_guest_debug(control)
-        for number, value in enumerate(debugreg):
-            debug.debugreg[number] = value
-        self.ioctl(KVM_SET_GUEST_DEBUG, debug)
+        self.ioctl(KVM_SET_GUEST_DEBUG, _guest_debug(control, tuple(debugreg)))

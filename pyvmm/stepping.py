@@ -48,33 +48,35 @@ class Stepper:
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
         cpu = copy_state(vm.memory, vcpu)
-        code = cpu.fetch()
-        length = x86.int3_length(code, cpu.mode)
-        if length is not None and Capability.BPT_EXIT in vcpu.wanted:
-            return exits.Bpt(length)
-        if code[:1] == b"\xf4" and vm.hlt_traps:
-            gpa = _gpa_of_rip(vm, cpu)
-            if gpa in vm.hlt_traps:
-                return exits.Bpt(1)
-            if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != 0xF4:
-                return self._step_without_guard(vm, vcpu)
-        if complete_in_software(vcpu, cpu, code):
-            return exits.Mtrap()
+        mode, code = cpu.mode, cpu.fetch()
+        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, mode)
+        if emulate.may_complete(code, mode):  # only a few instructions are special
+            length = x86.int3_length(code, mode)
+            if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+                return exits.Bpt(length)
+            if code[:1] == b"\xf4" and vm.hlt_traps:
+                gpa = _gpa_of_rip(vm, cpu)
+                if gpa in vm.hlt_traps:
+                    return exits.Bpt(1)
+                if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != 0xF4:
+                    return self._step_without_guard(vm, vcpu)
+            if complete_in_software(vcpu, cpu, code):
+                return exits.Mtrap()
         self.used = True
         vcpu.step_rip = cpu.regs.rip
         with self._lock:
             # A host that delivers the step's #DB at CPL 3 to the guest needs a gate to do so.
             lend = cpu.cpl == 3 and not vm.host.step_user
-            self._traps.plant(cpu, lend_db_gate=lend)
+            self._traps.plant(cpu, start, lend_db_gate=lend)
             try:
-                if not _enter_until_progress(vm, vcpu, cpu):
+                if not _enter_until_progress(vm, vcpu, cpu, start):
                     return None
                 if self._faulted(vm, vcpu, cpu):
                     return exits.Mtrap()
             finally:
                 self._traps.remove()
         exit = decode(vm, vcpu)
-        if isinstance(exit, exits.Mtrap) and self._at_spent_repeat(vm, vcpu, cpu):
+        if isinstance(exit, exits.Mtrap) and self._at_spent_repeat(vm, vcpu, start):
             return self.step(vm, vcpu)
         return exit
 
@@ -98,9 +100,8 @@ class Stepper:
         return True
 
     @staticmethod
-    def _at_spent_repeat(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+    def _at_spent_repeat(vm: VM, vcpu: VcpuRecord, start: int) -> bool:
         run = vcpu.kvm_run
-        start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
         if run.exit_reason == kvm.KVM_EXIT_DEBUG and run.debug.pc != start:
             return False
         return _repeated_out(vcpu, copy_state(vm.memory, vcpu))
@@ -209,9 +210,8 @@ def _repeated_out(vcpu: VcpuRecord, cpu: emulate.Cpu) -> bool:
     return left == 0 and rest[:1] in _STRING_OPCODES and bool({0xF2, 0xF3} & set(prefixes))
 
 
-def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
-    """Enter with the trap flag armed; False when that was interrupted."""
-    start = x86.linear_address(before.sregs.cs.base, before.regs.rip, before.mode)
+def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu, start: int) -> bool:
+    """Enter with the trap flag armed, at GVA `start`; False when that was interrupted."""
     for _ in range(_MAX_REPEATS):
         # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
         vcpu.set_guest_debug(step=True)

@@ -46,12 +46,11 @@ class StepTraps:
         # A gate that we made: GPA of the IDT entry, what was in it, the trap it leads to.
         self._lent: tuple[int, bytes, _Handler] | None = None
 
-    def plant(self, cpu: Cpu, *, lend_db_gate: bool = False) -> None:
-        """Put the traps in place, but not into the instruction that is about to be executed.
+    def plant(self, cpu: Cpu, start: int, *, lend_db_gate: bool = False) -> None:
+        """Put the traps in place, but not into the instruction at GVA `start`.
 
         `lend_db_gate`: a guest without a handler for #DB gets a gate for this step.
         """
-        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
         for handler in self._find_handlers(cpu):
             if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
                 continue
@@ -118,8 +117,9 @@ class StepTraps:
     def _find_handlers(self, cpu: Cpu) -> list[_Handler]:
         """The handlers that the IDT names now; found anew when it or the paging changes."""
         sregs = cpu.sregs
-        size = min(sregs.idt.limit + 1, _EXCEPTIONS * _entry_size(cpu))
-        if size < _entry_size(cpu):
+        entry_size = _entry_size(cpu)
+        size = min(sregs.idt.limit + 1, _EXCEPTIONS * entry_size)
+        if size < entry_size:
             return []
         try:
             idt = cpu.read(sregs.idt.base, size)
