@@ -245,6 +245,15 @@ class HostProbe:
         with self._lab(LabMode.PROTECTED, b"\xcf") as lab:
             return lab.run() == kvm.KVM_EXIT_INTERNAL_ERROR and lab.rip == CODE
 
+    @experiment
+    def crash_registers(self) -> bool:
+        """After a triple fault the registers are those of the guest (AMD's KVM resets them)."""
+        with self._lab(LabMode.LONG, b"\x0f\x0b") as lab:
+            sregs = lab.cpu.get(kvm.kvm_sregs)
+            sregs.idt.limit = 0
+            lab.cpu.set(sregs)
+            return lab.run() == kvm.KVM_EXIT_SHUTDOWN and lab.rip == CODE
+
     def _extension(self, capability: int) -> bool:
         system = kvm.SystemHandle(self.device)
         try:
@@ -353,6 +362,10 @@ FINDINGS = (
     Finding(
         "watchpoint-user", "watchpoints, CPL 3", lambda h: h.watchpoint_user,
         "watch works in user programs", "watch never stops in user programs",
+    ),
+    Finding(
+        "crash-registers", "registers after a triple fault", lambda h: h.crash_registers,
+        "are the guest's", "are lost: the host has reset the vCPU",
     ),
     Finding(
         "irqchip", "in-kernel interrupt controllers", lambda h: h.irqchip,

@@ -289,8 +289,10 @@ class Machine:
         from pyvmm import report
 
         cpu = self.vm.cpu(vcpu_id)
+        lost = isinstance(exit, exits.Shutdown) and not self.vm.host.crash_registers
         lines = (
             report.explain(exit, cpu),
+            *([report.RESET_BY_HOST] if lost else []),
             report.registers(cpu.regs, cpu.sregs),
             report.code_bytes(cpu),
         )

@@ -37,6 +37,11 @@ _FLAGS = [
 ]
 _BYTES_SHOWN = 16
 
+RESET_BY_HOST = (
+    "This host's KVM resets a vCPU at a triple fault: what follows is the state after the reset, "
+    "and where the guest was is lost."
+)
+
 
 def registers(regs: kvm_regs, sregs: kvm_sregs) -> str:
     """All registers of a vCPU, several lines."""

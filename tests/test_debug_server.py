@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.debug import Address, DebugServer, parse_address
+from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
 from pyvmm.rsp import Decoder, Packet
 from pyvmm.stop import StopReason
@@ -532,8 +533,11 @@ def test_a_crash_can_be_looked_at() -> None:
         stop = client.resume()
         assert (stop.kind, stop.signal, stop.vcpu_id) == ("T", 11, 0)
         assert client.why().signal == 11
-        assert client.register(RIP) == BASE + 7
-        assert client.read(BASE + 7, 2) == b"\x0f\x0b"
+        if host().crash_registers:
+            assert client.register(RIP) == BASE + 7
+            assert client.read(BASE + 7, 2) == b"\x0f\x0b"
+        else:
+            assert "resets a vCPU" in client.console
         assert "cr3" in client.monitor("regs")
         stop = client.resume()
         assert (stop.kind, stop.signal) == ("X", 11)
