@@ -325,12 +325,14 @@ def _run_until_signal(
     # A signal that is ignored (nohup) stays ignored.
     wanted = [n for n in _ENDING_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {n: signal.signal(n, on_signal) for n in wanted}
+    previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
         with RawTerminal(0 if keyboard else -1):
             if keyboard and sys.stdin is not None:
                 machine.connect_input(0)
             stop = machine.run(timeout)
     finally:
+        signal.set_wakeup_fd(previous_fd)
         for number, handler in previous.items():
             signal.signal(number, handler)
     return stop, received[0] if received else None

@@ -13,7 +13,6 @@ import ctypes
 import itertools
 import mmap
 import operator
-import signal
 import struct
 import threading
 from collections.abc import Callable
@@ -94,7 +93,6 @@ class Drainer(threading.Thread):
 
     def run(self) -> None:
         """The thread's body."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are for main
         try:
             while not self._stopped.wait(self._SECONDS):
                 self._ports.start()

@@ -25,6 +25,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from pyvmm import threads
 from pyvmm.debugtarget import MachineTarget
 from pyvmm.rsp import Event, Link, Packet, encode
 from pyvmm.runcontrol import RunControl
@@ -140,7 +141,7 @@ class DebugServer:
                     print("gdb: on this host an int3 does not leave the guest", file=sys.stderr)
             if self._address == Address():
                 self._connect(_StdioSocket())
-            self._thread.start()
+            threads.start(self._thread)
 
     def let_run(self) -> None:
         """Resume what may run when machine.run() begins or goes on after a limit."""

@@ -12,6 +12,7 @@ first reason to end; it is a leaf.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pyvmm import exits, kvm, vcpu
+from pyvmm import exits, kvm, threads, vcpu
 from pyvmm.boot import Image, check_fits, read_image
 from pyvmm.boot.entry import RESERVED, check_stacks, set_entry_state, write_boot_structures
 from pyvmm.bus import Bus, CallbackDevice
@@ -46,7 +47,9 @@ _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
 class Machine:
     """A guest with its memory, devices and vCPUs.  A context manager; use it from one thread.
 
-    interrupt() may be called from any thread or from a signal handler.
+    interrupt() may be called from any thread or from a signal handler.  A program that handles
+    signals should give `wakeup_fd` to signal.set_wakeup_fd(): one that arrives just before run()
+    begins to wait would not end the wait otherwise.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Machine:
         self._lock = threading.Lock()
         self._stop: Stop | None = None
         self._interrupted = False
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._input: int | None = None
         self._at_end: list[Callable[[], None]] = []
         self._on_hurry: list[Callable[[], None]] = []
@@ -91,7 +94,7 @@ class Machine:
         try:
             self.vm = VM(device=device)
         except OSError:
-            os.close(self._wake)
+            self._close_wake_pipe()
             raise
         try:
             self._build(cpus, memory, coalesce)
@@ -178,13 +181,13 @@ class Machine:
         self.vm.suspend_cpu(ALL)  # they become active one by one, and then start together
         for vcpu_id in range(self.cpus):
             thread = vcpu.VcpuThread(self, vcpu_id, self._handlers_now(limiter))
-            thread.start()
+            threads.start(thread)
             self.threads[vcpu_id] = thread
         for thread in self.threads.values():
             thread.active.wait()
         if self._coalesced is not None:
             self._drainer = Drainer(self._coalesced, self.fail)
-            self._drainer.start()
+            threads.start(self._drainer)
 
     def _wait(self, deadline: float | None, limiter: _ExitLimiter | None) -> Stop | None:
         """Wait for the end (None) or for a limit (its Stop)."""
@@ -208,7 +211,7 @@ class Machine:
             poll.register(self._input, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
         if self._wake in ready:
-            os.eventfd_read(self._wake)
+            os.read(self._wake, 4096)
         if self._input in ready:
             self._read_input()
 
@@ -233,7 +236,8 @@ class Machine:
 
     def wake(self) -> None:
         """Make run() look at its limits again."""
-        os.eventfd_write(self._wake, 1)
+        with contextlib.suppress(BlockingIOError):  # full: it will wake up anyway
+            os.write(self.wakeup_fd, b"\0")
 
     def drain_output(self) -> None:
         """Print what the kernel has collected (see coalesced.py)."""
@@ -341,8 +345,12 @@ class Machine:
         if self._coalesced is not None:
             self._coalesced.close()
         self.vm.close()
+        self._close_wake_pipe()
+
+    def _close_wake_pipe(self) -> None:
         os.close(self._wake)
-        self._wake = -1
+        os.close(self.wakeup_fd)
+        self._wake = self.wakeup_fd = -1
 
     # --- looking inside, while the guest does not run --------------------------------------------
 

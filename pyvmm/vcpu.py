@@ -11,7 +11,6 @@ that returns lets the guest run on; one that raises StopVm ends the VM in an ord
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 Handler = Callable[["VcpuThread", Any], None]
-
-# Left deliverable: a fault in our own process must still kill it.
-_SYNCHRONOUS_SIGNALS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 
 
 class StopVm(Exception):
@@ -50,8 +46,6 @@ class VcpuThread(threading.Thread):
 
     def run(self) -> None:
         """The thread's body; threading.Thread calls it."""
-        # Signals are for the main thread: one that lands here would not wake it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _SYNCHRONOUS_SIGNALS)
         try:
             self.vm.activate_cpu(self.vcpu_id)
             try:
