@@ -25,7 +25,7 @@ BEGIN, END = "<!-- hosts: begin -->", "<!-- hosts: end -->"
 HOSTS = {
     "intel": "kvm_intel (on Bochs)",
     "amd": "kvm_amd (on QEMU's software SVM)",
-    "here": "the development machine's (kvm_pvm)",
+    "here": "kvm_pvm",
 }
 
 Findings = dict[str, bool]
@@ -80,7 +80,9 @@ def table(probes: dict[str, Any], tests: dict[str, str]) -> str:
     lines = [
         "| | " + " | ".join(HOSTS[host] for host in probes) + " |",
         "|---" * (len(probes) + 1) + "|",
-        "| Linux | " + " | ".join(probe["kernel"] for probe in probes.values()) + " |",
+        "| Linux | "
+        + " | ".join(probe["kernel"].split("-")[0] for probe in probes.values())
+        + " |",
     ]
     for title, judge in ROWS.items():
         cells = (judge(probe["findings"]) for probe in probes.values())
