@@ -925,6 +925,7 @@ def test_exec_interrupt_stops_a_running_guest(gdb: Gdb, counter: Serving) -> Non
     gdb.connect(counter)
     for _ in range(3):
         gdb.command("-exec-continue")
+        time.sleep(0.05)  # else it may be stopped before its first instruction, each time
         gdb.command("-exec-interrupt")
         assert gdb.wait_stop()["signal-name"] == "SIGINT"
     assert gdb.number("(long)counter") > 0
