@@ -83,9 +83,7 @@ class VM:
         self._lock = threading.Lock()
         self._vcpus: dict[int, VcpuRecord] = {}
         self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
-        self._all_suspended = (
-            False  # guarded by _lock: since suspend_cpu(ALL), until resume_cpu(ALL)
-        )
+        self._all_suspended = False  # guarded by _lock: newcomers are debugged from the start
         self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)

@@ -164,8 +164,7 @@ class Machine:
                     self._hurry()
                     late = self.vm.wait_parked(self.threads, _JOIN_SECONDS)
                 if late:
-                    names = ", ".join(self.threads[n].name for n in sorted(late))
-                    raise RuntimeError(f"{names} did not stop within {_JOIN_SECONDS:g} s")
+                    raise _did_not_stop([self.threads[n].name for n in sorted(late)])
                 self.drain_output()
                 if self._stop is None:
                     return stop
@@ -326,7 +325,7 @@ class Machine:
                 return
             self._hurry()
         if stuck:
-            raise RuntimeError(f"{', '.join(stuck)} did not stop within {_JOIN_SECONDS:g} s")
+            raise _did_not_stop(stuck)
 
     def close(self) -> None:
         """End the VM and free everything; closing again does nothing.
@@ -444,6 +443,10 @@ class _ExitLimiter:
             handler(cpu, exit)
 
         return counted
+
+
+def _did_not_stop(names: list[str]) -> RuntimeError:
+    return RuntimeError(f"{', '.join(names)} did not stop within {_JOIN_SECONDS:g} s")
 
 
 def _nothing() -> None:
