@@ -4,7 +4,7 @@
     machine.run()               # waits until a debugger continues the guest
 
 One thread, `gdb`, waits for whatever comes first: a debugger that connects, bytes from it, or the
-wake-up of a vCPU that has claimed a stop.  It never waits for a debugger that does not read: what
+wake-up of the vCPU that completes a stop.  It never waits for a debugger that does not read: what
 cannot be sent at once is kept, and reading pauses until it is gone.
 
     no debugger --connect--> connected --bytes--> packets --> Stub --> MachineTarget --> RunControl
@@ -191,12 +191,17 @@ class DebugServer:
     def _serve(self) -> None:
         try:
             while not self._finished.is_set():
-                for key, _ in self._selector.select():
+                for key, _ in self._selector.select(self._patience()):
                     key.data()
                 self._after_events()
             self._say_goodbye()
         except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
             self.machine.fail(error)
+
+    def _patience(self) -> float | None:
+        """How long to wait for an event, in seconds: a stop that was claimed may get stuck."""
+        owed = self._connection is not None and self._connection.stub.owes_reply
+        return _STOP_SECONDS if owed else None
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
@@ -276,7 +281,7 @@ class DebugServer:
         """Deal with what the debugger has sent; False when it was nothing."""
         connection = self._connection
         # None: dropped by an event of the same round.
-        if connection is None or not connection.flush():
+        if connection is None or (connection.unsent and not connection.flush()):
             return False
         data = connection.receive()
         if data is not None:
@@ -291,8 +296,9 @@ class DebugServer:
         connection = self._connection
         assert connection is not None
         # While output is stuck nothing more is read: the debugger has to take its replies first.
-        events = selectors.EVENT_WRITE if blocked else selectors.EVENT_READ
-        if self._selector.get_key(connection.socket).events != events:
+        if blocked != connection.blocked:
+            connection.blocked = blocked
+            events = selectors.EVENT_WRITE if blocked else selectors.EVENT_READ
             self._selector.modify(connection.socket, events, self._on_bytes)
 
     def _drop(self) -> None:
@@ -325,7 +331,8 @@ class Connection:
         sock.setblocking(False)
         self.link, self.stub = Link(), Stub(target)
         self._target = target
-        self._unsent = b""
+        self.unsent = b""  # what could not be sent at once
+        self.blocked = False  # the server waits until that can be sent, and reads nothing
 
     def receive(self) -> bytes | None:
         """What has arrived; None when the debugger has gone."""
@@ -365,14 +372,14 @@ class Connection:
 
     def flush(self) -> bool:
         """Send without waiting; True when nothing is left (or nobody is there to take it)."""
-        self._unsent += self.link.take_output()
+        self.unsent += self.link.take_output()
         try:
-            while self._unsent:
-                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent) :]
         except BlockingIOError:
             return False
         except OSError:
-            self._unsent = b""
+            self.unsent = b""
         return True
 
 

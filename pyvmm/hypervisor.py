@@ -31,7 +31,7 @@ import errno
 import functools
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,10 @@ ALL = -1  # for suspend_cpu() and resume_cpu(): every vCPU
 _TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
 
 
+def _nothing() -> None:
+    pass
+
+
 class VM:
     """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
 
@@ -84,6 +88,7 @@ class VM:
         self._vcpus: dict[int, VcpuRecord] = {}
         self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
         self._all_suspended = False  # guarded by _lock: newcomers are debugged from the start
+        self.on_parked: Callable[[], None] = _nothing  # called when the last one parks
         self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
@@ -287,6 +292,13 @@ class VM:
             vcpu.asleep = True
             if vcpu.debugged:
                 self._parked.notify_all()
+            complete = vcpu.debugged and not any(
+                v.debugged and not v.asleep for v in self._vcpus.values()
+            )
+        if complete:
+            # With no lock held, and not before: who is told would only wait for us again.
+            self.on_parked()
+        with self._lock:
             while not self._ended and (vcpu.debugged or (vcpu.halted and not vcpu.nmi_wanted)):
                 vcpu.wake.wait()
             vcpu.asleep = False
@@ -622,6 +634,7 @@ class VM:
             vcpu.handle.ioctl(kvm.KVM_NMI)
         if Capability.MTRAP_EXIT not in vcpu.wanted:  # else each step arms itself
             vcpu.set_guest_debug()
+            vcpu.handle.leave_registers(False)  # each exit would pay for them
 
     # --- guest virtual memory, as the vCPU sees it -----------------------------------------------
 

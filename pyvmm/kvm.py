@@ -747,6 +747,12 @@ VCPU_STATE: dict[type[ctypes.Structure], tuple[int, int]] = {
     kvm_lapic_state: (KVM_GET_LAPIC, KVM_SET_LAPIC),
 }
 
+# Where in the map KVM leaves what leave_registers() asks for.
+_LEFT_AT_EXIT: dict[type[ctypes.Structure], int] = {
+    kvm_regs: kvm_run.s.offset + kvm_sync_regs.regs.offset,
+    kvm_sregs: kvm_run.s.offset + kvm_sync_regs.sregs.offset,
+}
+
 
 class Handle:
     """A KVM file descriptor that is closed exactly once."""
@@ -878,14 +884,25 @@ class VcpuHandle(Handle):
             self.map.close()
         super().close()
 
+    def leave_registers(self, leave: bool) -> None:
+        """Let KVM leave registers in kvm_run at each exit: get() then needs no system call.
+
+        With True, the next thing must be KVM_RUN.  Whatever writes registers switches it off again
+        (api.rst, KVM_CAP_SYNC_REGS).
+        """
+        self.run.kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS if leave else 0
+
     def get(self, kind: type[State]) -> State:
         """Read one of VCPU_STATE: `vcpu.get(kvm_regs)`."""
+        if kind in _LEFT_AT_EXIT and self.run.kvm_valid_regs:
+            return kind.from_buffer_copy(self.map, _LEFT_AT_EXIT[kind])
         state = kind()
         self.ioctl(VCPU_STATE[kind][0], state)
         return state
 
     def set(self, state: ctypes.Structure) -> None:
         """Write back what get() returned."""
+        self.leave_registers(False)
         self.ioctl(VCPU_STATE[type(state)][1], state)
 
     def get_msrs(self, indices: Iterable[int]) -> list[int]:
@@ -902,6 +919,7 @@ class VcpuHandle(Handle):
 
     def set_msrs(self, values: dict[int, int]) -> None:
         """Write model-specific registers.  Raises KvmError (EINVAL) naming the one refused."""
+        self.leave_registers(False)  # EFER and segment bases are in kvm_sregs, too
         msrs = flexible(kvm_msrs, kvm_msr_entry, len(values))()
         msrs.header.nmsrs = len(values)
         for entry, (index, value) in zip(msrs.entries, values.items(), strict=True):

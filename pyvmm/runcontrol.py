@@ -81,14 +81,14 @@ class RunControl:
     """Run control of one VM."""
 
     def __init__(self, vm: VM, on_stop: Callable[[], None], catch_int3: bool = False) -> None:
-        """`on_stop` is called, on any thread and with locks held, when a stop has been claimed.
+        """`on_stop` is called when a stop is complete: by the vCPU's thread that parks last.
 
         `catch_int3`: stop at the guest's own int3, unless a debugger says otherwise.
         """
         self.vm = vm
         self.catch_int3 = catch_int3
         self.breakpoints = Breakpoints(vm)
-        self._on_stop = on_stop
+        vm.on_parked = on_stop
         self._lock = threading.Lock()
         self._attached = False
         self._stop: StopReport | None = None  # claimed: the VM is stopping or stopped
@@ -203,7 +203,6 @@ class RunControl:
         self._stop = report
         self.vm.suspend_cpu(ALL)
         self._disarm_steps()
-        self._on_stop()
 
     def _disarm_steps(self) -> None:
         for vcpu_id, state in self._states.items():

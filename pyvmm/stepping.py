@@ -215,6 +215,7 @@ def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu, start: 
     for _ in range(_MAX_REPEATS):
         # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
         vcpu.set_guest_debug(step=True)
+        vcpu.handle.leave_registers(True)
         if not kvm.run(vcpu.fd):
             vcpu.last_exit = None
             vm.take_kick(vcpu)
