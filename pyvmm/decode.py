@@ -58,6 +58,8 @@ def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
 def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     debug = vcpu.kvm_run.debug
     if debug.exception == x86.VECTOR_BP:
+        if vm.stepper.not_the_guests_int3(vm, vcpu):
+            return None
         cpu = copy_state(vm.memory, vcpu)
         length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
         vcpu.last_bpt_length = length
@@ -92,8 +94,11 @@ def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         code = bytes(failure.insn_bytes[: failure.insn_size])
     cpu = copy_state(vm.memory, vcpu)
     length = x86.int3_length(code, cpu.mode)
-    if length is not None and Capability.BPT_EXIT in vcpu.wanted:
-        return exits.Bpt(length)
+    if length is not None:
+        if vm.stepper.not_the_guests_int3(vm, vcpu):
+            return None
+        if Capability.BPT_EXIT in vcpu.wanted:
+            return exits.Bpt(length)
     if complete_in_software(vcpu, cpu, code):
         return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
     return exits.InternalError(failure.suberror, code)

@@ -33,10 +33,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pyvmm import cpustate, emulate, exits, kvm, x86
-from pyvmm.cpucopy import complete_in_software, copy_state, write_state
+from pyvmm import cpuid, cpustate, emulate, exits, injection, kvm, x86
+from pyvmm.cpucopy import complete_in_software, copy_state
 from pyvmm.cpustate import Register
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
@@ -46,7 +46,6 @@ from pyvmm.vcpurecord import (
     Capability,
     Guard,
     HardwareBreakpoint,
-    Injection,
     VcpuRecord,
     VmError,
 )
@@ -67,8 +66,14 @@ def _nothing() -> None:
 class VM:
     """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
 
-    def __init__(self, *, device: str = "/dev/kvm") -> None:
-        """Create an empty VM.  Raises OSError when KVM is missing or refuses."""
+    def __init__(
+        self, *, device: str = "/dev/kvm", cpus: int = 1, irqchip: bool = False
+    ) -> None:
+        """Create an empty VM.  Raises OSError when KVM is missing or refuses.
+
+        `cpus`: how many vCPUs CPUID tells the guest of.  `irqchip`: LAPICs, IOAPIC, PIC and PIT in
+        the kernel; a vCPU other than 0 then waits for INIT and SIPI, and `hlt` waits in the kernel.
+        """
         system = kvm.SystemHandle(device)
         try:
             self._vcpu_mmap_size = system.vcpu_mmap_size()
@@ -80,19 +85,22 @@ class VM:
             system.close()
         self.memory = GuestMemory(self.handle)
         self.stepper = Stepper(self.memory)
-        self.irqchip = False
+        self.cpus, self.irqchip = cpus, irqchip
         self.guard: Guard | None = None  # makes hlt_traps work in ring 3
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
         self._lock = threading.Lock()
         self._vcpus: dict[int, VcpuRecord] = {}
         self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
+        self._held = False  # guarded by _lock: between rendezvous() and release()
         self._all_suspended = False  # guarded by _lock: newcomers are debugged from the start
         self.on_parked: Callable[[], None] = _nothing  # called when the last one parks
         self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
             self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(_IDENTITY_MAP_GPA))
+            if irqchip:
+                self.handle.create_irqchip()
         except OSError:
             self.close()
             raise
@@ -128,21 +136,13 @@ class VM:
             raise VmError(errno.EEXIST, f"vCPU {vcpu_id} exists already")
         handle = self.handle.create_vcpu(vcpu_id, self._vcpu_mmap_size)
         try:
-            handle.ioctl(kvm.KVM_SET_CPUID2, self._cpuid_of(vcpu_id))
+            cpuid.describe(self._cpuid, vcpu_id, self.cpus, irqchip=self.irqchip)
+            handle.ioctl(kvm.KVM_SET_CPUID2, self._cpuid)
         except OSError:
             handle.close()
             raise
         with self._lock:
             self._vcpus[vcpu_id] = VcpuRecord(vcpu_id, handle, self._lock)
-
-    def _cpuid_of(self, vcpu_id: int) -> Any:
-        """What the host supports, with this vCPU's APIC id (SDM vol. 2A, "CPUID")."""
-        for entry in self._cpuid.entries[: self._cpuid.header.nent]:
-            if entry.function == 1:
-                entry.ebx = entry.ebx & 0x00FFFFFF | vcpu_id << 24
-            elif entry.function in (0xB, 0x1F):
-                entry.edx = vcpu_id
-        return self._cpuid
 
     def activate_cpu(self, vcpu_id: int) -> None:
         """Make the calling thread the one that runs `vcpu_id`, and the vCPU active.
@@ -158,6 +158,7 @@ class VM:
             vcpu.handle.set_signal_mask(inside_kvm_run)
             vcpu.thread_id = threading.get_ident()
             vcpu.debugged = vcpu.debugged or self._all_suspended
+            vcpu.held = self._held
             vcpu.update_attention()
 
     def deactivate_cpu(self, vcpu_id: int) -> None:
@@ -165,7 +166,7 @@ class VM:
         vcpu = self._record(vcpu_id)
         with self._lock:  # from here on nobody sends the signal to this thread
             vcpu.thread_id = None
-            vcpu.debugged = False
+            vcpu.debugged = vcpu.held = False
             vcpu.update_attention()
             self._parked.notify_all()
         self.take_kick(vcpu)
@@ -285,12 +286,41 @@ class VM:
             self._parked.wait_for(lambda: self._ended or not late(), timeout)
             return late()
 
+    def rendezvous(self, timeout: float | None = None) -> frozenset[int]:
+        """Bring every vCPU out of the guest and keep it out, until release().
+
+        For the machine's own purposes (a reset): the debugged set stays as it is.
+        Returns those that are still inside after `timeout` seconds.
+        """
+
+        def late() -> frozenset[int]:
+            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.held and not v.asleep)
+
+        with self._lock:
+            self._held = True
+            for vcpu in self._vcpus.values():
+                if vcpu.thread_id is not None:
+                    vcpu.held = True
+                    vcpu.update_attention()
+                    self._kick(vcpu)
+            self._parked.wait_for(lambda: self._ended or not late(), timeout)
+            return late()
+
+    def release(self) -> None:
+        """End what rendezvous() began."""
+        with self._lock:
+            self._held = False
+            for vcpu in self._vcpus.values():
+                vcpu.held = False
+                vcpu.update_attention()
+                vcpu.wake.notify_all()
+
     def sleep(self, vcpu_id: int) -> None:
         """What a vCPU's thread does with a Debug or Hlt exit: sleep until vm.run() has news."""
         vcpu = self._record(vcpu_id)
         with self._lock:
             vcpu.asleep = True
-            if vcpu.debugged:
+            if vcpu.debugged or vcpu.held:
                 self._parked.notify_all()
             complete = vcpu.debugged and not any(
                 v.debugged and not v.asleep for v in self._vcpus.values()
@@ -299,7 +329,9 @@ class VM:
             # With no lock held, and not before: who is told would only wait for us again.
             self.on_parked()
         with self._lock:
-            while not self._ended and (vcpu.debugged or (vcpu.halted and not vcpu.nmi_wanted)):
+            while not self._ended and (
+                vcpu.debugged or vcpu.held or (vcpu.halted and not vcpu.nmi_wanted)
+            ):
                 vcpu.wake.wait()
             vcpu.asleep = False
 
@@ -346,6 +378,15 @@ class VM:
         with self._lock:
             vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
             self._changed(vcpu)
+            if on and capability is Capability.MTRAP_EXIT and self.irqchip:
+                self._let_int3_exit()
+
+    def _let_int3_exit(self) -> None:
+        """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""
+        for vcpu in self._vcpus.values():
+            if not vcpu.int3_exits:
+                vcpu.int3_exits = True
+                self._changed(vcpu)
 
     def breakpoint_instruction(self, vcpu_id: int) -> int:
         """The one-byte instruction that leaves the guest, to plant as a breakpoint.
@@ -446,64 +487,11 @@ class VM:
         running, has I/O in flight, or has an exception pending already.
         """
         vcpu = self._accessible(vcpu_id)
-        if not 0 <= vector < 32 or vector == x86.VECTOR_DF:
-            raise VmError(errno.EINVAL, f"vector {vector} is no exception to inject")
-        if vcpu.io_in_flight:
-            raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has I/O in flight")
-        events = vcpu.handle.get(kvm.kvm_vcpu_events)
-        if events.exception.injected or events.exception.pending or vcpu.bp_queued is not None:
-            raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has an exception pending")
-        if vector == x86.VECTOR_BP:
-            length = 0 if restart_instruction else vcpu.entry_inst_length
-            if not self._let_kvm_inject_bp(vcpu, length):
-                with self._lock:
-                    vcpu.bp_queued = length
-                    vcpu.halted = False
-                    vcpu.update_attention()
-                return
-        self._inject(vcpu, vector, error_code)
-        self._unhalt(vcpu)
-
-    def _inject(self, vcpu: VcpuRecord, vector: int, error_code: int | None) -> None:
-        """Let KVM deliver an exception at the next entry."""
-        # Some vectors always push an error code, but real mode has none.
-        protected = vcpu.handle.get(kvm.kvm_sregs).cr0 & x86.CR0_PE
-        pushes_one = vector in x86.VECTORS_WITH_ERROR_CODE and bool(protected)
-        events = vcpu.handle.get(kvm.kvm_vcpu_events)
-        events.exception.injected = 1
-        events.exception.nr = vector
-        events.exception.has_error_code = error_code is not None or pushes_one
-        events.exception.error_code = error_code or 0
-        events.flags = 0  # only the exception: the other fields may be older than what is queued
-        vcpu.handle.set(events)
-
-    def _let_kvm_inject_bp(self, vcpu: VcpuRecord, length: int) -> bool:
-        """Move RIP so that KVM, which adds what the probe found, saves RIP + `length`.
-
-        False where that cannot be relied on: then the #BP is delivered in software instead.
-        """
-        injection = self.host.injection
-        added = vcpu.last_bpt_length if injection is Injection.EXIT_LENGTH else 0
-        if injection is Injection.UNRELIABLE or (injection is Injection.EXIT_LENGTH and not added):
-            return False
-        if length != added:
-            cpu = copy_state(self.memory, vcpu)
-            cpu.advance(length - added)
-            vcpu.handle.set(cpu.regs)
-        return True
-
-    def _deliver_queued_bp(self, vcpu: VcpuRecord) -> None:
-        """Deliver a #BP that KVM would not deliver right, as the processor does."""
+        queued_length = injection.inject(self, vcpu, vector, error_code, restart_instruction)
         with self._lock:
-            length, vcpu.bp_queued = vcpu.bp_queued or 0, None
+            vcpu.bp_queued = queued_length
             vcpu.update_attention()
-        cpu = copy_state(self.memory, vcpu)
-        cpu.advance(length)
-        if emulate.deliver_or_undo(cpu, x86.VECTOR_BP):
-            write_state(vcpu, cpu)
-        else:  # it would fault on the way: KVM raises the right fault
-            vcpu.handle.set(cpu.regs)
-            self._inject(vcpu, x86.VECTOR_BP, None)
+        self._unhalt(vcpu)
 
     def inject_nmi(self, vcpu_id: int) -> None:
         """Raise a non-maskable interrupt, from any thread; wakes a halted vCPU.
@@ -534,6 +522,8 @@ class VM:
         self._unhalt(self._record(vcpu_id))
 
     def _unhalt(self, vcpu: VcpuRecord) -> None:
+        if self.irqchip and vcpu.handle.get(kvm.kvm_mp_state).mp_state == kvm.KVM_MP_STATE_HALTED:
+            vcpu.handle.set(kvm.kvm_mp_state(kvm.KVM_MP_STATE_RUNNABLE))
         with self._lock:
             vcpu.halted = False
             vcpu.update_attention()
@@ -591,7 +581,8 @@ class VM:
             return exits.Ended()
         if vcpu.stale:
             self._tell_kvm(vcpu)
-        if vcpu.io_in_flight and (vcpu.debugged or Capability.MTRAP_EXIT in vcpu.wanted):
+        stopping = vcpu.debugged or vcpu.held
+        if vcpu.io_in_flight and (stopping or Capability.MTRAP_EXIT in vcpu.wanted):
             # Finish the access, and nothing else: what a debugger reads is consistent then, and
             # for a step that was its one instruction.
             exit = self._complete_io(vcpu)
@@ -599,12 +590,15 @@ class VM:
                 return exit
             if Capability.MTRAP_EXIT in vcpu.wanted and self.stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
-        if vcpu.debugged:
+        if stopping:
             return exits.Debug()
         if vcpu.halted:
             return exits.Hlt(bool(vcpu.kvm_run.if_flag))
         if vcpu.bp_queued is not None:
-            self._deliver_queued_bp(vcpu)
+            with self._lock:
+                length, vcpu.bp_queued = vcpu.bp_queued, None
+                vcpu.update_attention()
+            injection.deliver_breakpoint(self, vcpu, length)
             if Capability.MTRAP_EXIT in vcpu.wanted:
                 return exits.Mtrap()
         return None

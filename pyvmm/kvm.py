@@ -834,6 +834,12 @@ class VmHandle(Handle):
             KVM_SET_USER_MEMORY_REGION, kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         )
 
+    def create_irqchip(self) -> None:
+        """LAPICs, an IOAPIC, two PICs and a PIT in the kernel.  Before the first vCPU."""
+        self.ioctl(KVM_CREATE_IRQCHIP)
+        # The speaker's port, 0x61, is how guests measure time with the PIT.
+        self.ioctl(KVM_CREATE_PIT2, kvm_pit_config(KVM_PIT_SPEAKER_DUMMY))
+
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt line `gsi` of the in-kernel irqchip to `level` (0 or 1)."""
         self.ioctl(KVM_IRQ_LINE, kvm_irq_level(gsi, level))

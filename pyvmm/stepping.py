@@ -24,7 +24,7 @@ from pyvmm import emulate, exits, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
-from pyvmm.steptraps import StepTraps, leave_handler_frame, undo_fault
+from pyvmm.steptraps import HLT, INT3, StepTraps, leave_handler_frame, undo_fault
 from pyvmm.vcpurecord import Capability, VcpuRecord
 
 if TYPE_CHECKING:
@@ -67,9 +67,11 @@ class Stepper:
         with self._lock:
             # A host that delivers the step's #DB at CPL 3 to the guest needs a gate to do so.
             lend = cpu.cpl == 3 and not vm.host.step_user
-            self._traps.plant(cpu, start, lend_db_gate=lend)
+            trap = _trap_instruction(vm, mode)
+            if trap is not None:
+                self._traps.plant(cpu, start, trap, lend_db_gate=lend)
             try:
-                if not _enter_until_progress(vm, vcpu, cpu, start):
+                if not _enter_until_progress(vm, vcpu, cpu, start, int3=trap == INT3):
                     return None
                 if self._faulted(vm, vcpu, cpu):
                     return exits.Mtrap()
@@ -85,15 +87,16 @@ class Stepper:
         run = vcpu.kvm_run
         if run.exit_reason == kvm.KVM_EXIT_DEBUG:
             # The usual case, told from the exit alone: registers cost a system call each.
-            if not self._traps.is_behind_one(run.debug.pc):
+            if not self._traps.may_have_left(run.debug.pc):
                 return False
-        elif run.exit_reason != kvm.KVM_EXIT_HLT:
-            return False
+        elif run.exit_reason not in (kvm.KVM_EXIT_HLT, kvm.KVM_EXIT_INTERNAL_ERROR):
+            return False  # (an internal error: where KVM fails to emulate int3)
         after = copy_state(vm.memory, vcpu)
         vectors = self._traps.hit(after, before.regs.rip)
         if not vectors:
             return False
         _take_owed_hlt(vm, vcpu, after)
+        after.regs.rip -= self._traps.length
         leave_handler_frame(after, vectors, before.regs)
         write_state(vcpu, after)
         _forget_single_step(vcpu)
@@ -131,6 +134,14 @@ class Stepper:
                 return True, None
         return True, self._at_gp_handler(vm, vcpu, cpu)
 
+    def not_the_guests_int3(self, vm: VM, vcpu: VcpuRecord) -> bool:
+        """Whether an int3 that a vCPU left with was a trap for another's step, and is gone again."""
+        if not (vm.irqchip and self.used):
+            return False
+        with self._lock:
+            cpu = copy_state(vm.memory, vcpu)
+            return x86.int3_length(cpu.fetch(), cpu.mode) is None
+
     def _at_gp_handler(self, vm: VM, vcpu: VcpuRecord, cpu: emulate.Cpu) -> exits.Exit | None:
         """A #GP has reached the guarded handler: a breakpoint in ring 3, or the guest's own."""
         undone = undo_fault(cpu)
@@ -156,6 +167,17 @@ class Stepper:
         finally:
             if vm.guard is guard:
                 vm.memory.write(guard.gpa, b"\xf4")
+
+
+def _trap_instruction(vm: VM, mode: x86.CpuMode) -> int | None:
+    """What leaves the guest from an exception handler; None: nothing does, on this host.
+
+    Without it, a step over an instruction that faults goes on until the handler has returned.
+    """
+    if not vm.irqchip:
+        return HLT
+    host = vm.host
+    return INT3 if (host.breakpoint_real if mode is x86.CpuMode.REAL else host.breakpoint) else None
 
 
 def _at_breakpoint(vm: VM, cpu: emulate.Cpu) -> bool:
@@ -210,11 +232,16 @@ def _repeated_out(vcpu: VcpuRecord, cpu: emulate.Cpu) -> bool:
     return left == 0 and rest[:1] in _STRING_OPCODES and bool({0xF2, 0xF3} & set(prefixes))
 
 
-def _enter_until_progress(vm: VM, vcpu: VcpuRecord, before: emulate.Cpu, start: int) -> bool:
-    """Enter with the trap flag armed, at GVA `start`; False when that was interrupted."""
+def _enter_until_progress(
+    vm: VM, vcpu: VcpuRecord, before: emulate.Cpu, start: int, *, int3: bool
+) -> bool:
+    """Enter with the trap flag armed, at GVA `start`; False when that was interrupted.
+
+    `int3`: those in the traps have to leave the guest, too.
+    """
     for _ in range(_MAX_REPEATS):
         # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
-        vcpu.set_guest_debug(step=True)
+        vcpu.set_guest_debug(step=True, int3=int3)
         vcpu.handle.leave_registers(True)
         if not kvm.run(vcpu.fd):
             vcpu.last_exit = None

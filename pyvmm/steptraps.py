@@ -2,10 +2,11 @@
 
 A step is made with the processor's trap flag, and delivering an exception clears it.  So a step
 over an instruction that faults would run away through the whole handler.  For the one entry that
-makes the step, therefore, the first byte of each exception handler is replaced by `hlt`, which
-leaves the guest on every host; the step then ends before the handler's first instruction, where a
-processor with an in-circuit debugger would end it.  The trap flag that the exception saved on the
-handler's stack is taken out again.
+makes the step, therefore, the first byte of each exception handler is replaced by an instruction
+that leaves the guest: `hlt`, which does so on every host, or int3 where an in-kernel irqchip keeps
+`hlt` to itself.  The step then ends before the handler's first instruction, where a processor with
+an in-circuit debugger would end it.  The trap flag that the exception saved on the handler's stack
+is taken out again.
 
 The same traps make up for hosts that deliver the #DB of a step at CPL 3 to the guest: its handler
 is trapped too, and the delivery is undone.
@@ -23,7 +24,7 @@ from pyvmm.kvm import kvm_regs
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.x86 import CpuMode
 
-_HLT = 0xF4
+HLT, INT3 = 0xF4, 0xCC
 _EXCEPTIONS = 32
 _MAX_INSTRUCTION = 15  # bytes
 
@@ -43,14 +44,16 @@ class StepTraps:
         self._handlers: list[_Handler] = []
         self._gvas: frozenset[int] = frozenset()  # of _handlers
         self._planted: dict[int, int] = {}  # GPA -> the guest's byte
+        self._trap_byte = HLT
         # A gate that we made: GPA of the IDT entry, what was in it, the trap it leads to.
         self._lent: tuple[int, bytes, _Handler] | None = None
 
-    def plant(self, cpu: Cpu, start: int, *, lend_db_gate: bool = False) -> None:
-        """Put the traps in place, but not into the instruction at GVA `start`.
+    def plant(self, cpu: Cpu, start: int, trap: int, *, lend_db_gate: bool = False) -> None:
+        """Put the traps (HLT or INT3) in place, but not into the instruction at GVA `start`.
 
         `lend_db_gate`: a guest without a handler for #DB gets a gate for this step.
         """
+        self._trap_byte = trap
         for handler in self._find_handlers(cpu):
             if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
                 continue
@@ -61,7 +64,7 @@ class StepTraps:
     def _trap(self, gpa: int) -> None:
         slot = self._memory.find(gpa)
         self._planted[gpa] = slot.pages[gpa - slot.gpa]
-        slot.pages[gpa - slot.gpa] = _HLT
+        slot.pages[gpa - slot.gpa] = self._trap_byte
 
     def _lend_db_gate(self, cpu: Cpu) -> None:
         """Make a gate for vector 1, a copy of another one.
@@ -91,21 +94,27 @@ class StepTraps:
         for gpa, byte in self._planted.items():
             slot = self._memory.find(gpa)
             # Not if the guest has written there: then its byte is the newer one.
-            if slot.pages[gpa - slot.gpa] == _HLT:
+            if slot.pages[gpa - slot.gpa] == self._trap_byte:
                 slot.pages[gpa - slot.gpa] = byte
         self._planted.clear()
 
-    def is_behind_one(self, gva: int) -> bool:
-        """Whether a trap may have been executed just before `gva`."""
-        return gva - 1 in self._gvas or (self._lent is not None and gva - 1 == self._lent[2].gva)
+    @property
+    def length(self) -> int:
+        """How far RIP is behind a trap that has left the guest, in bytes."""
+        return 1 if self._trap_byte == HLT else 0
+
+    def may_have_left(self, gva: int) -> bool:
+        """Whether a trap may be what left the guest with its program counter at `gva`."""
+        gva -= self.length
+        return gva in self._gvas or (self._lent is not None and gva == self._lent[2].gva)
 
     def hit(self, cpu: Cpu, start_rip: int) -> list[int]:
         """The vectors in whose planted trap a vCPU is that just left; none if it is in none.
 
-        RIP is behind the trap then, and the frame on the stack says that the instruction at
-        `start_rip` was interrupted (which tells it from a jump to the handler's second byte).
+        The frame on the stack says that the instruction at `start_rip` was interrupted (which tells
+        a fault from a jump into the handler).
         """
-        gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip - 1, cpu.mode)
+        gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip - self.length, cpu.mode)
         traps = self._handlers if self._lent is None else [*self._handlers, self._lent[2]]
         vectors = [h.vector for h in traps if h.gva == gva and h.gpa in self._planted]
         if vectors:
@@ -235,13 +244,11 @@ def undo_fault(cpu: Cpu) -> bool:
 
 
 def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:
-    """Make a stop in a handler's trap look like a step that ended where it should.
+    """Make a stop at a handler's first instruction look like a step that ended where it should.
 
-    RIP goes back to the handler's first instruction and TF out of the saved flags, unless it was
-    the guest's own.  If it is the handler of #DB and was entered from CPL 3, then this host has
+    TF goes out of the saved flags, unless it was the guest's own.  If it is the handler of #DB and was entered from CPL 3, then this host has
     delivered the step itself to the guest, and the frame is undone as `iret` would.
     """
-    cpu.regs.rip -= 1
     size = _word_size(cpu)
     values = frame(cpu)
     own_tf = before.rflags & x86.RFLAGS_TF

@@ -78,6 +78,7 @@ class VcpuRecord:
         self.thread_id: int | None = None  # the thread that runs it; None: not active
         self.kicked = False  # KICK_SIGNAL was sent and has not been taken
         self.debugged = False
+        self.held = False  # kept out of the guest by VM.rendezvous()
         self.ended = False  # the VM is ending
         self.bp_queued: int | None = None  # a #BP to deliver in software, RIP this much further
         self.asleep = False  # in vm.sleep()
@@ -85,6 +86,7 @@ class VcpuRecord:
         self.wanted: frozenset[Capability] = frozenset()
         self.breakpoints: tuple[HardwareBreakpoint, ...] = ()
         self.nmi_wanted = False
+        self.int3_exits = False  # also without BPT_EXIT: another vCPU's step may plant some
         self.stale = False  # `wanted`, `breakpoints` or `nmi_wanted` not yet told to KVM
         self.wake = threading.Condition(lock)  # something that vm.sleep() waits for has changed
         self.attention = False  # vm.run() must look at the above before it enters
@@ -102,28 +104,29 @@ class VcpuRecord:
 
     @property
     def parked(self) -> bool:
-        """Debugged, and its thread sleeps: it executes nothing and its registers hold still."""
-        return self.debugged and self.asleep
+        """Debugged (or held), and its thread sleeps: its registers hold still."""
+        return (self.debugged or self.held) and self.asleep
 
     def update_attention(self) -> None:
         """Call with VM._lock held, after any change of a guarded field."""
         self.attention = (
             self.ended
             or self.debugged
+            or self.held
             or self.halted
             or self.stale
             or self.bp_queued is not None
             or Capability.MTRAP_EXIT in self.wanted
         )
 
-    def set_guest_debug(self, *, step: bool = False) -> None:
+    def set_guest_debug(self, *, step: bool = False, int3: bool = False) -> None:
         """Tell KVM which traps are wanted now (KVM_SET_GUEST_DEBUG).  On the vCPU's own thread.
 
-        `step` adds a single-step that nobody has asked for.  Without one, this takes the trap flag
+        `step` and `int3` add what nobody has asked for.  Without a step, this takes the trap flag
         out of RFLAGS again.
         """
         control = 0
-        if Capability.BPT_EXIT in self.wanted:
+        if int3 or self.int3_exits or Capability.BPT_EXIT in self.wanted:
             control |= kvm.KVM_GUESTDBG_USE_SW_BP
         if step or Capability.MTRAP_EXIT in self.wanted:
             control |= kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_BLOCKIRQ

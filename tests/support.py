@@ -115,11 +115,8 @@ class Bench(Lab):
         self._signals = signal.pthread_sigmask(signal.SIG_BLOCK, set())
         self.vcpu: kvm.VcpuHandle | None = None  # vCPU 0, for Lab's methods
         self._here = False  # enter() was called: vCPU 0 belongs to this thread
-        self.vm = VM()
+        self.vm = VM(cpus=cpus, irqchip=irqchip)
         try:
-            if irqchip:
-                self.vm.handle.ioctl(kvm.KVM_CREATE_IRQCHIP)
-                self.vm.irqchip = True
             self.memory = self.vm.memory
             self.memory.add_slot(0, RAM)
             self._lay_out_memory()
