@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pyvmm import x86
 from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
@@ -30,20 +29,27 @@ class CannotComplete(Exception):
     """Left to the host; the vCPU and memory are as they were."""
 
 
-@dataclass
 class Cpu:
-    """A vCPU's state as the functions here see it: copies, written back by whoever made them.
+    """A vCPU's state as the functions here see it: copies, written back by whoever made them."""
 
-    `read` and `write` take a GVA and may raise any Exception where nothing is mapped.
-    """
+    def __init__(
+        self,
+        regs: kvm_regs,
+        sregs: kvm_sregs,
+        read: Callable[[int, int], bytes],
+        write: Callable[[int, bytes], None],
+        msr: Callable[[int], int],
+        unmask_nmi: Callable[[], None],
+        shadow: Callable[[int], None],
+    ) -> None:
+        """`read` and `write` take a GVA and may raise any Exception where nothing is mapped.
 
-    regs: kvm_regs
-    sregs: kvm_sregs
-    read: Callable[[int, int], bytes]
-    write: Callable[[int, bytes], None]
-    msr: Callable[[int], int]
-    unmask_nmi: Callable[[], None]  # `iret` lets the next NMI in
-    shadow: Callable[[int], None]  # hold interrupts off for one instruction: SHADOW_*
+        `unmask_nmi`: `iret` lets the next NMI in.  `shadow`: holds interrupts off for one
+        instruction (SHADOW_*).
+        """
+        self.regs, self.sregs = regs, sregs
+        self.read, self.write, self.msr = read, write, msr
+        self.unmask_nmi, self.shadow = unmask_nmi, shadow
 
     @property
     def mode(self) -> CpuMode:

@@ -7,7 +7,12 @@ bhyve's names, the second are exits that the hypervisor layer makes (see hypervi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from pyvmm.frozen import dataclass
 
 
 class Exit:
@@ -17,19 +22,8 @@ class Exit:
     def name(self) -> str:
         return type(self).__name__.upper()
 
-    # Once for all: what @dataclass would generate for each class takes 3 ms of every start.
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(other) == vars(self)
 
-    def __hash__(self) -> int:
-        return hash((type(self), *vars(self).values()))
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({fields})"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class InOut(Exit):
     """Port I/O.  KVM_EXIT_IO.
 
@@ -44,7 +38,7 @@ class InOut(Exit):
     data: bytes
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Mmio(Exit):
     """An access to a GPA that is not RAM.  KVM_EXIT_MMIO.
 
@@ -58,7 +52,7 @@ class Mmio(Exit):
     data: bytes
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Hlt(Exit):
     """The guest executed `hlt` and waits for an interrupt; `interrupts_enabled` is RFLAGS.IF.
 
@@ -68,26 +62,26 @@ class Hlt(Exit):
     interrupts_enabled: bool
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Shutdown(Exit):
     """A triple fault: an exception while delivering a double fault.  KVM_EXIT_SHUTDOWN."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class SystemEvent(Exit):
     """KVM_EXIT_SYSTEM_EVENT; `type` is KVM_SYSTEM_EVENT_*."""
 
     type: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class FailEntry(Exit):
     """The processor refused the guest's state.  KVM_EXIT_FAIL_ENTRY."""
 
     hardware_entry_failure_reason: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class InternalError(Exit):
     """KVM gave up.  KVM_EXIT_INTERNAL_ERROR; `instruction` holds the bytes it could not emulate."""
 
@@ -95,14 +89,14 @@ class InternalError(Exit):
     instruction: bytes
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Unhandled(Exit):
     """An exit that pyvmm never asked for; `reason` is the kernel's name of it."""
 
     reason: str
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Bpt(Exit):
     """An int3 with the BPT_EXIT capability on.  RIP is at the instruction.
 
@@ -112,12 +106,12 @@ class Bpt(Exit):
     inst_length: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Mtrap(Exit):
     """One instruction was executed with the MTRAP_EXIT capability on."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Db(Exit):
     """A #DB that the VMM caused: a hardware breakpoint or watchpoint (or a stray trap).
 
@@ -128,11 +122,11 @@ class Db(Exit):
     dr6: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Debug(Exit):
     """The vCPU is in the debugged set.  No guest instruction was executed."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True)
 class Ended(Exit):
     """The VM is ending (vm.end() was called).  No guest instruction was executed."""

@@ -66,9 +66,7 @@ def _nothing() -> None:
 class VM:
     """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
 
-    def __init__(
-        self, *, device: str = "/dev/kvm", cpus: int = 1, irqchip: bool = False
-    ) -> None:
+    def __init__(self, *, device: str = "/dev/kvm", cpus: int = 1, irqchip: bool = False) -> None:
         """Create an empty VM.  Raises OSError when KVM is missing or refuses.
 
         `cpus`: how many vCPUs CPUID tells the guest of.  `irqchip`: LAPICs, IOAPIC, PIC and PIT in

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -55,15 +54,14 @@ class HardwareBreakpoint(NamedTuple):
 EXECUTE, WRITE, ACCESS = 0, 1, 3  # Intel SDM vol. 3B, "Debug Control Register (DR7)"
 
 
-@dataclass
 class Guard:
     """A `hlt` on the first byte of the guest's #GP handler, in place of `original`.
 
     In ring 3 a planted `hlt` raises #GP; that is how a breakpoint there is noticed.
     """
 
-    gpa: int
-    original: int
+    def __init__(self, gpa: int, original: int) -> None:
+        self.gpa, self.original = gpa, original
 
 
 class VcpuRecord:
