@@ -109,6 +109,16 @@ class Breakpoints:
         self.guard_user_mode(vcpu_id)
         self.tell_all()
 
+    def plant_again(self) -> None:
+        """Memory was loaded anew: patch it where the bytes are those that were patched before.
+
+        Elsewhere is code that the guest has put there itself, and has not yet this time.
+        """
+        self._lift_guard()
+        for gpa, patch in self._patches.items():
+            if self._vm.memory.read(gpa, 1)[0] == patch.original:
+                self._vm.memory.write(gpa, bytes((patch.instruction,)))
+
     def remove_software(self, gva: int) -> None:
         """Put the guest's byte back; removing what is not there is fine."""
         for gpa, patch in list(self._patches.items()):

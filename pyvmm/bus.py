@@ -6,7 +6,8 @@ and ignore writes, as on a PC without a card in the slot, and are logged once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 
@@ -39,6 +40,29 @@ class CallbackDevice:
 
 
 NOTHING: Device = CallbackDevice()  # where there is no device
+
+
+class LateDevices:
+    """Devices that are made, and their module imported, when the guest first looks for one."""
+
+    def __init__(self, make: Callable[[], Mapping[int, Device]]) -> None:
+        """`make` returns them by their first port."""
+        self._make = make
+        self._lock = threading.Lock()  # guards `made`
+        self.made: Mapping[int, Device] = {}
+
+    def get(self, port: int) -> Device:
+        """The device at `port`."""
+        with self._lock:
+            self.made = self.made or self._make()
+            return self.made[port]
+
+    def at(self, port: int) -> Device:
+        """What stands for the device at `port` on the bus."""
+        return CallbackDevice(
+            lambda offset, size: self.get(port).read(offset, size),
+            lambda offset, size, value: self.get(port).write(offset, size, value),
+        )
 
 
 class Claim(NamedTuple):

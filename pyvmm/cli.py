@@ -7,21 +7,23 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from pyvmm.boot import ImageError, Mode, read_image
-from pyvmm.console import Output, RawTerminal
+from pyvmm.console import KeptOutput, Output, RawTerminal, in_background
 from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
 
 if TYPE_CHECKING:
     from pyvmm.debug import Address, DebugServer
+    from pyvmm.screen import LiveScreen
     from pyvmm.trace import Tracer
 
 EPILOG = """\
 exit status:
-  0        the guest ended by itself (hlt with interrupts off on all vCPUs)
+  0        the guest ended by itself (hlt with interrupts off on all vCPUs, or power-off)
   odd      the guest's own: it wrote V to port 0xf4, the status is (V << 1) | 1
   2        wrong usage, or an image that cannot be used
   4        the host or pyvmm failed (no /dev/kvm, no permission, ...)
@@ -33,6 +35,7 @@ examples:
   pyvmm guests/hello.bin                    run a flat binary in 64-bit mode
   pyvmm guests/hello16.bin --mode real      run a boot sector
   pyvmm kernel.elf -m 256M --timeout 10     run a static ELF file, ten seconds at most
+  pyvmm kernel.elf -c 2 --append "debug"    two vCPUs, and a command line
   pyvmm guests/hello.bin --trace            show every exit
   pyvmm guests/loops.bin --gdb 1234         debug it: gdb -ex 'target remote :1234'
   pyvmm --probe                             what this host's KVM can do
@@ -157,7 +160,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GPA",
         help="where it starts (default: where it was loaded)",
     )
+    machine.add_argument(
+        "--irqchip", choices=["auto", "on", "off"], default="auto",
+        help="interrupt controllers, timer, and other vCPUs that wait for INIT and SIPI (default: "
+        "for several vCPUs, and for images that expect a PC)",
+    )  # fmt: skip
+    machine.add_argument("--append", default="", metavar="TEXT", help="the guest's command line")
+    machine.add_argument(
+        "--module", action="append", default=[], metavar="'FILE args'",
+        help="a file for a multiboot kernel; several times for several",
+    )  # fmt: skip
     running = parser.add_argument_group("running")
+    running.add_argument(
+        "--no-reboot",
+        action="store_true",
+        help="end, with status 0, when the guest asks for a reset",
+    )
+    running.add_argument(
+        "--screen", action="store_true",
+        help="show the text screen and type on its keyboard: live on a terminal, else at the end",
+    )  # fmt: skip
     running.add_argument(
         "--timeout", type=_seconds, metavar="SECONDS", help="end with status 124 after so long"
     )
@@ -251,24 +273,41 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     mode = Mode(arguments.mode) if arguments.mode else None
-    image = read_image(arguments.image, mode=mode, load=arguments.load, entry=arguments.entry)
+    image = read_image(
+        arguments.image,
+        mode=mode,
+        load=arguments.load,
+        entry=arguments.entry,
+        append=arguments.append,
+        modules=arguments.module,
+    )
     # With the debugger on stdin and stdout, the guest's output goes to stderr.
     stdio = str(arguments.gdb) == "stdio"
     output = Output(2 if stdio else 1)
+    live = arguments.screen and not stdio and _is_screen(1)
+    kept = KeptOutput(output)
     try:
         with Machine(
             image,
             cpus=arguments.cpus,
             memory=arguments.memory,
-            output=output,
+            output=kept if live else output,
             device=arguments.device,
             coalesce=not arguments.trace,  # a trace shows each byte
+            irqchip={"auto": None, "on": True, "off": False}[arguments.irqchip],
+            reboot=not arguments.no_reboot,
         ) as machine:
             machine.on_hurry(output.stop)
             tracer = _trace(machine) if arguments.trace else None
             server = _debug_server(machine, arguments) if arguments.gdb else None
             try:
-                stop, signal_number = _run_until_signal(machine, arguments.timeout, not stdio)
+                with _live_screen(machine) if live else nullcontext():
+                    stop, signal_number = _run_until_signal(
+                        machine, arguments.timeout, not stdio, arguments.screen
+                    )
+                kept.print()
+                if arguments.screen:
+                    output(("\n".join(machine.screen().text()).rstrip("\n") + "\n").encode())
                 status = _report(machine, stop, signal_number, tracer)
                 if server is not None:
                     server.finish(status)
@@ -278,6 +317,17 @@ def _run(arguments: argparse.Namespace) -> int:
                     server.close()
     finally:
         output.close()
+
+
+def _is_screen(fd: int) -> bool:
+    """Whether `fd` is a terminal that can show a live screen."""
+    return os.isatty(fd) and os.environ.get("TERM", "dumb") != "dumb" and not in_background(fd)
+
+
+def _live_screen(machine: Machine) -> LiveScreen:
+    from pyvmm.screen import LiveScreen
+
+    return LiveScreen(machine.screen(), 1, machine.fail)
 
 
 def _debug_server(machine: Machine, arguments: argparse.Namespace) -> DebugServer:
@@ -313,7 +363,7 @@ def _trace(machine: Machine) -> Tracer:
 
 
 def _run_until_signal(
-    machine: Machine, timeout: float | None, keyboard: bool
+    machine: Machine, timeout: float | None, input_is_ours: bool, to_keyboard: bool
 ) -> tuple[Stop, int | None]:
     """Run with keystrokes going to the guest; the signal that ended it, if one did."""
     received: list[int] = []
@@ -327,9 +377,9 @@ def _run_until_signal(
     previous = {n: signal.signal(n, on_signal) for n in wanted}
     previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
-        with RawTerminal(0 if keyboard else -1):
-            if keyboard and sys.stdin is not None:
-                machine.connect_input(0)
+        with RawTerminal(0 if input_is_ours else -1):
+            if input_is_ours and sys.stdin is not None:
+                machine.connect_input(0, keyboard=to_keyboard)
             stop = machine.run(timeout)
     finally:
         signal.set_wakeup_fd(previous_fd)

@@ -38,7 +38,10 @@ class CoalescedPorts:
         self._map, self._sinks = map, sinks
         self._lock = threading.Lock()  # one reader at a time: guards `first`
         self._ring = kvm.kvm_coalesced_mmio_ring.from_buffer(map, _RING_OFFSET)
-        self._vm, self._started = vm, False
+        self._vm = vm
+        self._start_lock = threading.Lock()  # guards the next two; a leaf
+        self._started = False
+        self._excluded: set[int] = set()
 
     def start(self) -> None:
         """Let the kernel collect from now on; again: does nothing.  Raises KvmError.
@@ -46,10 +49,19 @@ class CoalescedPorts:
         Not done at once: freeing a VM waits for the grace period that this begins in the kernel,
         15 ms that a guest which prints a line and ends would wait for nothing.
         """
-        if not self._started:
-            self._started = True
-            for port in self._sinks:
-                self._vm.coalesce(port, 1, pio=True)
+        with self._start_lock:
+            if not self._started:
+                self._started = True
+                for port in self._sinks.keys() - self._excluded:
+                    self._vm.coalesce(port, 1, pio=True)
+
+    def exclude(self, port: int) -> None:
+        """From now on each write to `port` leaves the guest at once."""
+        with self._start_lock:
+            if port in self._sinks and port not in self._excluded:
+                self._excluded.add(port)
+                if self._started:
+                    self._vm.coalesce(port, 1, pio=True, stop=True)
 
     def drain(self) -> None:
         """Hand everything in the ring to the sinks, in the order in which it was written."""

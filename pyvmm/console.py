@@ -48,6 +48,34 @@ class Output:
         os.close(self._close)
 
 
+class KeptOutput:
+    """Output to print later, of which only the end is kept: a live screen has the terminal now."""
+
+    _BYTES = 1 << 16
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._kept = bytearray()
+
+    def __call__(self, data: bytes) -> None:
+        """Keep `data`."""
+        self._kept += data
+        del self._kept[: -self._BYTES]
+
+    def print(self) -> None:
+        """Print what is kept."""
+        self._output(bytes(self._kept))
+        self._kept.clear()
+
+
+def in_background(fd: int) -> bool:
+    """Whether the terminal `fd` is another job's now: to change or paint it would disturb that."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # not our controlling terminal: nobody else's jobs are there
+        return False
+
+
 class RawTerminal:
     """While open, keystrokes come one by one and are not echoed; ^C still interrupts.
 
@@ -60,16 +88,10 @@ class RawTerminal:
         self._saved: list[object] | None = None
 
     def __enter__(self) -> RawTerminal:
-        if self._fd >= 0 and os.isatty(self._fd) and not self._in_background():
+        if self._fd >= 0 and os.isatty(self._fd) and not in_background(self._fd):
             self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd, termios.TCSADRAIN)
         return self
-
-    def _in_background(self) -> bool:
-        try:
-            return os.tcgetpgrp(self._fd) != os.getpgrp()
-        except OSError:  # not our controlling terminal: nobody else's jobs are there
-            return False
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None

@@ -122,6 +122,7 @@ class DebugServer:
         machine.handlers.update(self.run_control.handlers())
         machine.debug_server = self
         machine.on_end(self._wake_up)
+        machine.on_reset(self.run_control.after_reset)
         self._thread = threading.Thread(target=self._serve, name="gdb", daemon=True)
 
     @property

@@ -90,7 +90,7 @@ class MachineTarget:
         """A vCPU's state in words: "halted, CPL 0, 64-bit mode"."""
         handle = self.vm.state(vcpu_id)
         sregs, regs = handle.get(kvm_sregs), handle.get(kvm_regs)
-        state = "halted" if vcpu_id in self.vm.halted_cpus() else "running"
+        state = self.vm.run_state(vcpu_id)
         mode = x86.cpu_mode(sregs, regs.rflags)
         level = "" if mode is x86.CpuMode.REAL else f", CPL {sregs.ss.dpl}"
         return f"{state}{level}, {mode.value}"

@@ -190,6 +190,38 @@ class VM:
             active = [v for v in self._vcpus.values() if v.thread_id is not None]
             return all(v.halted and not v.kvm_run.if_flag and not v.nmi_wanted for v in active)
 
+    def all_wait_for_good(self) -> bool:
+        """The same with an in-kernel irqchip, where vCPUs wait in the kernel.  All must be held."""
+        states = [
+            (v.handle.get(kvm.kvm_mp_state).mp_state, v.kvm_run.if_flag, v.nmi_wanted)
+            for v in self._vcpus.values()
+        ]
+        never_started = (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
+        return all(
+            state in never_started
+            or (state == kvm.KVM_MP_STATE_HALTED and not interrupts_enabled and not nmi_wanted)
+            for state, interrupts_enabled, nmi_wanted in states
+        )
+
+    def started(self, vcpu_id: int) -> bool:
+        """Whether a parked vCPU has got its start-up IPI; without an irqchip all have."""
+        state = self.state(vcpu_id).get(kvm.kvm_mp_state).mp_state if self.irqchip else 0
+        return state not in (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
+
+    def run_state(self, vcpu_id: int) -> str:
+        """What a parked vCPU is about, in words: "not started", "halted" or "running"."""
+        if not self.started(vcpu_id):
+            return "not started"
+        if not self.irqchip:
+            return "halted" if vcpu_id in self.halted_cpus() else "running"
+        mp_state = self.state(vcpu_id).get(kvm.kvm_mp_state).mp_state
+        return "halted" if mp_state == kvm.KVM_MP_STATE_HALTED else "running"
+
+    def set_irq(self, number: int, level: bool) -> None:
+        """Raise or lower interrupt line `number`; nobody hears it without an irqchip."""
+        if self.irqchip:
+            self.handle.irq_line(number, level)
+
     def kick(self, vcpu_id: int) -> None:
         """Bring `vcpu_id` out of KVM_RUN, now or at its next entry, to look at its state again."""
         vcpu = self._record(vcpu_id)
@@ -278,22 +310,18 @@ class VM:
         wanted = [self._record(vcpu_id) for vcpu_id in vcpu_ids]
 
         def late() -> frozenset[int]:
-            return frozenset(v.vcpu_id for v in wanted if v.debugged and not v.asleep)
+            return frozenset(v.vcpu_id for v in wanted if v.debugged and not v.parked)
 
         with self._lock:
             self._parked.wait_for(lambda: self._ended or not late(), timeout)
             return late()
 
-    def rendezvous(self, timeout: float | None = None) -> frozenset[int]:
-        """Bring every vCPU out of the guest and keep it out, until release().
+    def hold(self) -> None:
+        """Keep every vCPU out of the guest until release(), for the machine's own purposes.
 
-        For the machine's own purposes (a reset): the debugged set stays as it is.
-        Returns those that are still inside after `timeout` seconds.
+        The debugged set stays as it is.  Returns at once; on a vCPU's thread too, whose next
+        vm.run() then does not enter.
         """
-
-        def late() -> frozenset[int]:
-            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.held and not v.asleep)
-
         with self._lock:
             self._held = True
             for vcpu in self._vcpus.values():
@@ -301,17 +329,34 @@ class VM:
                     vcpu.held = True
                     vcpu.update_attention()
                     self._kick(vcpu)
+
+    def wait_held(self, timeout: float | None = None) -> frozenset[int]:
+        """Wait until all are out; those that are not after `timeout` seconds."""
+
+        def late() -> frozenset[int]:
+            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.held and not v.asleep)
+
+        with self._lock:
             self._parked.wait_for(lambda: self._ended or not late(), timeout)
             return late()
 
     def release(self) -> None:
-        """End what rendezvous() began."""
+        """End what hold() began."""
         with self._lock:
             self._held = False
             for vcpu in self._vcpus.values():
                 vcpu.held = False
                 vcpu.update_attention()
                 vcpu.wake.notify_all()
+            self._parked.notify_all()
+            complete = self._stop_is_complete()
+        if complete:
+            self.on_parked()
+
+    def _stop_is_complete(self) -> bool:
+        """Whether there are debugged vCPUs, and all of them are parked (lock held)."""
+        debugged = [v for v in self._vcpus.values() if v.debugged]
+        return bool(debugged) and all(v.parked for v in debugged)
 
     def sleep(self, vcpu_id: int) -> None:
         """What a vCPU's thread does with a Debug or Hlt exit: sleep until vm.run() has news."""
@@ -320,9 +365,7 @@ class VM:
             vcpu.asleep = True
             if vcpu.debugged or vcpu.held:
                 self._parked.notify_all()
-            complete = vcpu.debugged and not any(
-                v.debugged and not v.asleep for v in self._vcpus.values()
-            )
+            complete = vcpu.debugged and self._stop_is_complete()
         if complete:
             # With no lock held, and not before: who is told would only wait for us again.
             self.on_parked()
@@ -404,6 +447,38 @@ class VM:
         if self.host.breakpoint and not real:
             return 0xCC
         raise VmError(errno.ENOTSUP, "this host has no breakpoint instruction: use hbreak")
+
+    def handle_of(self, vcpu_id: int) -> kvm.VcpuHandle:
+        """The vCPU's handle, whatever it is doing: for what may be done with it at any time."""
+        return self._record(vcpu_id).handle
+
+    def like_this(self) -> VM:
+        """A new VM of the same kind, without memory and vCPUs."""
+        return VM(device=self._device, cpus=self.cpus, irqchip=self.irqchip)
+
+    @functools.cached_property
+    def msr_indices(self) -> tuple[int, ...]:
+        """The model-specific registers that KVM saves and restores on this host."""
+        system = kvm.SystemHandle(self._device)
+        try:
+            return system.msr_indices()
+        finally:
+            system.close()
+
+    def reset(self) -> None:
+        """Bring vCPUs and irqchip back to power-on; all vCPUs must be held.
+
+        What was asked for stays: capabilities, hardware breakpoints, the debugged set.
+        """
+        from pyvmm import reset
+
+        reset.power_on(self)
+        with self._lock:
+            for vcpu in self._vcpus.values():
+                vcpu.halted = vcpu.nmi_wanted = False
+                vcpu.bp_queued, vcpu.last_exit = None, None
+                vcpu.entry_inst_length = 0
+                self._changed(vcpu)
 
     def vcpu_ids(self) -> list[int]:
         """The ids of all vCPUs, in order."""

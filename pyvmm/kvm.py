@@ -245,6 +245,32 @@ class kvm_irqchip(ctypes.Structure):
     _fields_ = [("chip_id", c_uint32), ("pad", c_uint32), ("chip", c_uint8 * 512)]
 
 
+class kvm_irq_routing_irqchip(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = [("irqchip", c_uint32), ("pin", c_uint32)]
+
+
+class _kvm_irq_routing_target(ctypes.Union):
+    __slots__ = ()
+    _fields_ = [("irqchip", kvm_irq_routing_irqchip), ("pad", c_uint32 * 8)]
+
+
+class kvm_irq_routing_entry(ctypes.Structure):
+    __slots__ = ()
+    _fields_ = [
+        ("gsi", c_uint32),
+        ("type", c_uint32),
+        ("flags", c_uint32),
+        ("pad", c_uint32),
+        ("u", _kvm_irq_routing_target),
+    ]
+
+
+class kvm_irq_routing(ctypes.Structure):  # entries[] follow
+    __slots__ = ()
+    _fields_ = [("nr", c_uint32), ("flags", c_uint32)]
+
+
 class kvm_lapic_state(ctypes.Structure):
     __slots__ = ()
     _fields_ = [("regs", c_uint8 * 1024)]
@@ -496,6 +522,7 @@ KVM_GET_IRQCHIP = _IOWR(0x62, kvm_irqchip)
 KVM_SET_IRQCHIP = _IOR(0x63, kvm_irqchip)  # _IOR in the header too: a historic mistake kept as ABI
 KVM_REGISTER_COALESCED_MMIO = _IOW(0x67, kvm_coalesced_mmio_zone)
 KVM_UNREGISTER_COALESCED_MMIO = _IOW(0x68, kvm_coalesced_mmio_zone)
+KVM_SET_GSI_ROUTING = _IOW(0x6A, kvm_irq_routing)
 KVM_IRQFD = _IOW(0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = _IOW(0x77, kvm_pit_config)
 KVM_SET_BOOT_CPU_ID = _IO(0x78)
@@ -606,6 +633,8 @@ KVM_MP_STATE_SIPI_RECEIVED = 4
 KVM_IRQCHIP_PIC_MASTER = 0
 KVM_IRQCHIP_PIC_SLAVE = 1
 KVM_IRQCHIP_IOAPIC = 2
+
+KVM_IRQ_ROUTING_IRQCHIP = 1
 
 KVM_PIT_SPEAKER_DUMMY = 1
 
@@ -806,6 +835,13 @@ class SystemHandle(Handle):
         """The size in bytes of the map of a vCPU's descriptor: kvm_run and the coalesced ring."""
         return self.ioctl(KVM_GET_VCPU_MMAP_SIZE)
 
+    def msr_indices(self) -> tuple[int, ...]:
+        """The model-specific registers that KVM saves and restores on this host."""
+        indices = flexible(kvm_msr_list, c_uint32, 1024)()
+        indices.header.nmsrs = 1024
+        self.ioctl(KVM_GET_MSR_INDEX_LIST, indices)
+        return tuple(indices.entries[: indices.header.nmsrs])
+
     def supported_cpuid(self) -> Any:
         """What KVM can offer a guest: a kvm_cpuid2 whose `entries[:header.nent]` are valid."""
         count = 128
@@ -839,14 +875,44 @@ class VmHandle(Handle):
         self.ioctl(KVM_CREATE_IRQCHIP)
         # The speaker's port, 0x61, is how guests measure time with the PIT.
         self.ioctl(KVM_CREATE_PIT2, kvm_pit_config(KVM_PIT_SPEAKER_DUMMY))
+        self._route_interrupts()
+
+    def _route_interrupts(self) -> None:
+        """As on every PC: line n to pin n of PIC and IOAPIC, but the timer to IOAPIC pin 2."""
+        pins = [(gsi, gsi >> 3, gsi & 7) for gsi in range(16) if gsi != 2]  # 2: the second PIC
+        pins += [(gsi, KVM_IRQCHIP_IOAPIC, gsi or 2) for gsi in range(24) if gsi != 2]
+        routing = flexible(kvm_irq_routing, kvm_irq_routing_entry, len(pins))()
+        routing.header.nr = len(pins)
+        for entry, (gsi, chip_id, pin) in zip(routing.entries, pins, strict=True):
+            entry.gsi, entry.type = gsi, KVM_IRQ_ROUTING_IRQCHIP
+            entry.u.irqchip = kvm_irq_routing_irqchip(chip_id, pin)
+        self.ioctl(KVM_SET_GSI_ROUTING, routing)
+
+    def get_interrupt_controllers(self) -> list[ctypes.Structure]:
+        """The state of both PICs, the IOAPIC and the PIT, for set_interrupt_controllers()."""
+        states: list[ctypes.Structure] = []
+        for chip_id in (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC):
+            states.append(kvm_irqchip(chip_id))
+            self.ioctl(KVM_GET_IRQCHIP, states[-1])
+        states.append(kvm_pit_state2())
+        self.ioctl(KVM_GET_PIT2, states[-1])
+        return states
+
+    def set_interrupt_controllers(self, states: Iterable[ctypes.Structure]) -> None:
+        """Write back what get_interrupt_controllers() returned."""
+        for state in states:
+            self.ioctl(
+                KVM_SET_PIT2 if isinstance(state, kvm_pit_state2) else KVM_SET_IRQCHIP, state
+            )
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt line `gsi` of the in-kernel irqchip to `level` (0 or 1)."""
         self.ioctl(KVM_IRQ_LINE, kvm_irq_level(gsi, level))
 
-    def coalesce(self, address: int, size: int, *, pio: bool) -> None:
-        """Let KVM collect writes to [address, address + size) in the coalesced ring."""
-        self.ioctl(KVM_REGISTER_COALESCED_MMIO, kvm_coalesced_mmio_zone(address, size, pio))
+    def coalesce(self, address: int, size: int, *, pio: bool, stop: bool = False) -> None:
+        """Let KVM collect writes to [address, address + size) in the coalesced ring, or `stop`."""
+        request = KVM_UNREGISTER_COALESCED_MMIO if stop else KVM_REGISTER_COALESCED_MMIO
+        self.ioctl(request, kvm_coalesced_mmio_zone(address, size, pio))
 
     def ioeventfd(self, eventfd: int, address: int, length: int, **flags: int) -> None:
         """Signal `eventfd` on guest writes of `length` bytes to `address`, without an exit.

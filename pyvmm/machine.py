@@ -22,19 +22,23 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pyvmm import exits, kvm, threads, vcpu
-from pyvmm.boot import Image, check_fits, read_image
+from pyvmm.boot import Image, check_fits, finish_image, layout, read_image
 from pyvmm.boot.entry import RESERVED, check_stacks, set_entry_state, write_boot_structures
 from pyvmm.bus import Bus, CallbackDevice
 from pyvmm.coalesced import CoalescedPorts, Drainer
 from pyvmm.cpustate import Register
-from pyvmm.devices.debugcon import DEBUGCON_PORT, DebugConsole
-from pyvmm.devices.debugexit import DEBUG_EXIT_PORT, DebugExit
-from pyvmm.devices.serial import COM1_PORT, Serial
+from pyvmm.devices.debugcon import DEBUGCON_PORT
+from pyvmm.devices.serial import COM1_PORT
+from pyvmm.devices.vga import BLANK_SCREEN, TEXT_GPA
 from pyvmm.hypervisor import ALL, VM
+from pyvmm.limits import ExitLimiter
+from pyvmm.pc import Facts, Pc, Wiring
 from pyvmm.stop import Stop, StopReason
 
 if TYPE_CHECKING:
     from pyvmm.debug import DebugServer
+    from pyvmm.idle import IdleWatch
+    from pyvmm.screen import Screen
 
 DEFAULT_MEMORY = 64 << 20  # bytes
 MIN_MEMORY, MAX_MEMORY = 1 << 20, 64 << 40
@@ -42,6 +46,8 @@ MMIO_HOLE = 3 << 30, 1 << 30  # GPA, bytes: RAM that would lie here continues at
 
 _PATIENCE_SECONDS = 0.5  # how long a vCPU may be busy with output before it is made to drop it
 _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
+_KEYS = 64  # bytes to read from a terminal at a time: the sequence of a key is not torn apart
+_LOOK_SECONDS = 0.1  # how often to look whether all vCPUs wait for good, where KVM does not say
 
 
 class Machine:
@@ -61,11 +67,17 @@ class Machine:
         output: Callable[[bytes], None] | None = None,
         device: str = "/dev/kvm",
         coalesce: bool = True,
+        irqchip: bool | None = None,
+        reboot: bool = True,
     ) -> None:
         """Build a machine that is ready to run `image` (a path, or what read_image() returned).
 
         `memory` is in bytes.  Guest output goes to `output`, or is kept in the attribute `output`.
         `coalesce=False` makes each printed byte an exit of its own.
+        `irqchip`: interrupt controllers and a timer, the tables that tell of them, and vCPUs other
+        than the first wait for INIT and SIPI.  None: where there are several vCPUs, or the image
+        expects it.  Without, all vCPUs begin at the image's entry, with their number in EDI.
+        `reboot=False`: when the guest asks for a reset the machine ends instead.
         Raises ImageError, ValueError for impossible numbers, OSError when KVM refuses.
         """
         if not isinstance(image, Image):
@@ -74,8 +86,12 @@ class Machine:
             raise ValueError(f"a machine has at least one vCPU, not {cpus}")
         if memory < MIN_MEMORY or memory % 4096 or memory > MAX_MEMORY:
             raise ValueError(f"{memory} bytes of memory: 1M to 64T, in whole pages of 4K")
-        check_stacks(image.mode, cpus)
-        self.image = image
+        if irqchip is None:
+            irqchip = image.expects_pc or cpus > 1
+        if image.expects_pc and cpus > 1 and not irqchip:
+            raise ValueError(f"{image.name}: several vCPUs of a {image.kind} need the irqchip")
+        check_stacks(image.mode, 1 if irqchip else cpus)
+        self.image, self.cpus, self._reboot = image, cpus, reboot
         self.ports, self.mmio = Bus("port"), Bus("GPA")
         self.output = bytearray()
         self._print = output or self.output.extend
@@ -86,47 +102,82 @@ class Machine:
         self._lock = threading.Lock()
         self._stop: Stop | None = None
         self._interrupted = False
+        self._reset_wanted = False  # set while all vCPUs are held
+        self._idle: IdleWatch | None = None
         self._wake, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._input: int | None = None
+        self._input_is_typed = False
         self._at_end: list[Callable[[], None]] = []
         self._on_hurry: list[Callable[[], None]] = []
+        self._on_reset: list[Callable[[], None]] = []
         self.debug_server: DebugServer | None = None  # set by a debug server that is attached to us
         try:
-            self.vm = VM(device=device)
+            self.vm = VM(device=device, cpus=cpus, irqchip=irqchip)
         except OSError:
             self._close_wake_pipe()
             raise
         try:
-            self._build(cpus, memory, coalesce)
+            self._build(memory, coalesce)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, cpus: int, memory: int, coalesce: bool) -> None:
+    def _build(self, memory: int, coalesce: bool) -> None:
         ram = _ram_ranges(memory)
-        check_fits(self.image, ram, RESERVED[self.image.mode])
-        if cpus > self.vm.max_vcpus:
-            raise ValueError(f"this host's KVM has at most {self.vm.max_vcpus} vCPUs, not {cpus}")
+        self._loaded = finish_image(self.image, ram)
+        reserved = RESERVED[self.image.mode]
+        check_fits(self._loaded, ram, reserved + layout.RESERVED if self.vm.irqchip else reserved)
+        if self.cpus > self.vm.max_vcpus:
+            raise ValueError(
+                f"this host's KVM has at most {self.vm.max_vcpus} vCPUs, not {self.cpus}"
+            )
         for gpa, size in ram:
             self.vm.memory.add_slot(gpa, size)
-        write_boot_structures(self.vm.memory, self.image.mode)
-        for segment in self.image.segments:
-            self.vm.memory.write(segment.gpa, segment.data)
-        self.serial = Serial(self._print, self.wake)
-        debug_console = DebugConsole(self._print)
-        self.ports.claim(COM1_PORT, Serial.size, self.serial, "COM1")
-        self.ports.claim(DEBUGCON_PORT, DebugConsole.size, debug_console, "debug console")
-        self.ports.claim(DEBUG_EXIT_PORT, DebugExit.size, DebugExit(_debug_exit), "debug-exit")
-        for vcpu_id in range(cpus):
+        for vcpu_id in range(self.cpus):
             self.vm.create_vcpu(vcpu_id)
-            set_entry_state(self.vm.state(vcpu_id), vcpu_id, self.image.mode, self.image.entry)
+        wiring = Wiring(
+            self._print,
+            self.wake,
+            self.vm.set_irq,
+            self.request_reset,
+            _power_off,
+            _debug_exit,
+        )
+        low, high = ram[0][1], sum(size for _, size in ram[1:])
+        self.pc = Pc(
+            self.ports, wiring, Facts(low, high, self.cpus, os.fsencode(self.image.append))
+        )
+        self._load()
         if coalesce and self.vm.coalesced_pio:
             self._coalesced = CoalescedPorts(
                 self.vm.handle,
                 self.vm.state(0).map,
-                {COM1_PORT: self.serial.write_many, DEBUGCON_PORT: debug_console.write_many},
+                {
+                    COM1_PORT: self.pc.serial.write_many,
+                    DEBUGCON_PORT: self.pc.debug_console.write_many,
+                },
             )
-        self.cpus = cpus
+            self.pc.serial.on_transmit_interrupt = self._send_at_once
+
+    def _load(self) -> None:
+        """Put the image into memory, which is all zeros, and the vCPUs at its entry."""
+        image, memory = self._loaded, self.vm.memory
+        write_boot_structures(memory, image.mode)
+        memory.write(TEXT_GPA, BLANK_SCREEN)
+        if self.vm.irqchip:
+            from pyvmm.boot.tables import write_tables
+
+            write_tables(memory, self.cpus)
+        for segment in image.segments:
+            memory.write(segment.gpa, segment.data)
+        for vcpu_id in range(1 if self.vm.irqchip else self.cpus):
+            handle = self.vm.handle_of(vcpu_id)
+            set_entry_state(handle, vcpu_id, image.mode, image.entry, image.registers)
+
+    def _send_at_once(self, wanted: bool) -> None:
+        """A driver that waits for an interrupt after each byte gets it when the byte is sent."""
+        if wanted and self._coalesced is not None:  # for good: to switch it costs milliseconds
+            self._coalesced.exclude(COM1_PORT)
 
     def __enter__(self) -> Machine:
         return self
@@ -146,7 +197,7 @@ class Machine:
         same Stop again.
         """
         if self._stop is None:
-            limiter = None if max_exits is None else _ExitLimiter(self, max_exits)
+            limiter = None if max_exits is None else ExitLimiter(self, max_exits)
             for thread in self.threads.values():
                 thread.handlers = self._handlers_now(limiter)
             if not self.threads:
@@ -173,10 +224,10 @@ class Machine:
         assert self._stop is not None
         return self._stop
 
-    def _handlers_now(self, limiter: _ExitLimiter | None) -> dict[type, vcpu.Handler]:
+    def _handlers_now(self, limiter: ExitLimiter | None) -> dict[type, vcpu.Handler]:
         return self.handlers if limiter is None else limiter.wrap(self.handlers)
 
-    def _start_threads(self, limiter: _ExitLimiter | None) -> None:
+    def _start_threads(self, limiter: ExitLimiter | None) -> None:
         self.vm.suspend_cpu(ALL)  # they become active one by one, and then start together
         for vcpu_id in range(self.cpus):
             thread = vcpu.VcpuThread(self, vcpu_id, self._handlers_now(limiter))
@@ -184,15 +235,24 @@ class Machine:
             self.threads[vcpu_id] = thread
         for thread in self.threads.values():
             thread.active.wait()
+        if self.vm.irqchip:
+            from pyvmm.idle import IdleWatch
+
+            self._idle = IdleWatch(self.vm)
         if self._coalesced is not None:
             self._drainer = Drainer(self._coalesced, self.fail)
             threads.start(self._drainer)
 
-    def _wait(self, deadline: float | None, limiter: _ExitLimiter | None) -> Stop | None:
+    def _wait(self, deadline: float | None, limiter: ExitLimiter | None) -> Stop | None:
         """Wait for the end (None) or for a limit (its Stop)."""
         while True:
             if self._stop is not None:
                 return None
+            if self._reset_wanted:
+                self._reset()
+            if self._idle is not None and self._idle.check():
+                self.stop(Stop(StopReason.HALTED, vcpu.ALL_HALTED))
+                continue
             if self._interrupted:
                 self._interrupted = False
                 return Stop(StopReason.INTERRUPTED, "interrupted")
@@ -201,32 +261,41 @@ class Machine:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return Stop(StopReason.TIMEOUT, "the time limit was reached")
+            if self._idle is not None:
+                left = _LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS)
             self._wait_for_wake(left)
 
     def _wait_for_wake(self, seconds: float | None) -> None:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        if self._input is not None and self.serial.room():
+        room = _KEYS if self._input_is_typed else self.pc.serial.room()
+        if self._input is not None and room:
             poll.register(self._input, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
         if self._wake in ready:
             os.read(self._wake, 4096)
         if self._input in ready:
-            self._read_input()
+            self._read_input(room)
 
-    def _read_input(self) -> None:
+    def _read_input(self, room: int) -> None:
         assert self._input is not None
         try:
-            data = os.read(self._input, self.serial.room())
+            data = os.read(self._input, room)
         except OSError:  # not open for reading, or the terminal is gone
             data = b""
-        self.serial.receive(data)
+        if self._input_is_typed:
+            self.pc.keyboard.type_bytes(data)
+        else:
+            self.pc.serial.receive(data)
         if not data:
             self._input = None
 
-    def connect_input(self, fd: int) -> None:
-        """Let what can be read from `fd` reach the guest's COM1 while run() waits."""
-        self._input = fd
+    def connect_input(self, fd: int, *, keyboard: bool = False) -> None:
+        """Let what can be read from `fd` reach the guest while run() waits: at COM1, or `keyboard`.
+
+        The keyboard is an American one, and `fd` a terminal's.
+        """
+        self._input, self._input_is_typed = fd, keyboard
 
     def interrupt(self) -> None:
         """Make run() return.  From any thread, or from a signal handler: takes no lock."""
@@ -245,6 +314,43 @@ class Machine:
     def drainer(self) -> Callable[[], None]:
         """What drain_output() calls: for the run loop, which does it at each exit."""
         return _nothing if self._coalesced is None else self._coalesced.drain
+
+    # --- reset -----------------------------------------------------------------------------------
+
+    def request_reset(self) -> None:
+        """Do what a PC's reset line does.  From any thread; on a vCPU's, from its handler.
+
+        No vCPU executes another instruction before the image is loaded again.  Raises StopVm where
+        the machine is not to reboot.
+        """
+        if not self._reboot:
+            raise vcpu.StopVm(Stop(StopReason.RESET, "the guest asked for a reset"))
+        self.vm.hold()
+        self._reset_wanted = True
+        self.wake()
+
+    def on_reset(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after each reset, while no vCPU executes anything."""
+        self._on_reset.append(callback)
+
+    def _reset(self) -> None:
+        late = self.vm.wait_held(_PATIENCE_SECONDS)
+        if late:
+            self._hurry()
+            late = self.vm.wait_held(_JOIN_SECONDS)
+        if late:
+            raise _did_not_stop([self.threads[n].name for n in sorted(late)])
+        if self._stop is not None:
+            return
+        self.drain_output()
+        self.vm.memory.clear()
+        self.vm.reset()
+        self.pc.reset()
+        self._load()
+        for callback in self._on_reset:
+            callback()
+        self._reset_wanted = False
+        self.vm.release()
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -309,8 +415,8 @@ class Machine:
         parts = []
         for vcpu_id in sorted(self.threads):
             cpu = self.vm.cpu(vcpu_id)
-            halted = ", halted" if vcpu_id in self.vm.halted_cpus() else ""
-            parts.append(f"vCPU {vcpu_id}{halted}:\n{report.registers(cpu.regs, cpu.sregs)}")
+            state = self.vm.run_state(vcpu_id)
+            parts.append(f"vCPU {vcpu_id}, {state}:\n{report.registers(cpu.regs, cpu.sregs)}")
             parts.append(report.code_bytes(cpu))
         return "\n".join(parts)
 
@@ -343,6 +449,8 @@ class Machine:
                 self._drainer.stop(_JOIN_SECONDS)
         if self._coalesced is not None:
             self._coalesced.close()
+        if self._idle is not None:
+            self._idle.close()
         self.vm.close()
         self._close_wake_pipe()
 
@@ -386,6 +494,12 @@ class Machine:
         else:
             self.vm.write_virtual(vcpu_id, address, data)
 
+    def screen(self) -> Screen:
+        """The text screen at 0xB8000, to look at also while the guest runs."""
+        from pyvmm.screen import Screen
+
+        return Screen(self.vm.memory.read, self.pc.screen)
+
     def on_port(
         self,
         port: int,
@@ -418,33 +532,6 @@ class Machine:
         self.mmio.claim(gpa, size, CallbackDevice(read, write), "a callback")
 
 
-class _ExitLimiter:
-    """Counts exits of all vCPUs and stops each vCPU at the limit."""
-
-    def __init__(self, machine: Machine, limit: int) -> None:
-        self._machine = machine
-        self._lock = threading.Lock()
-        self.limit = limit
-        self._left = limit  # guarded by _lock
-        self.reached = limit <= 0
-
-    def wrap(self, handlers: dict[type, vcpu.Handler]) -> dict[type, vcpu.Handler]:
-        free = (exits.Debug, exits.Ended)  # made by pyvmm, not exits of the guest
-        return {k: h if k in free else self._count(h) for k, h in handlers.items()}
-
-    def _count(self, handler: vcpu.Handler) -> vcpu.Handler:
-        def counted(cpu: vcpu.VcpuThread, exit: exits.Exit) -> None:
-            with self._lock:
-                self._left -= 1
-                self.reached = self._left <= 0
-            if self.reached:  # before the handler: it may sleep
-                self._machine.vm.suspend_cpu(ALL)
-                self._machine.wake()
-            handler(cpu, exit)
-
-        return counted
-
-
 def _did_not_stop(names: list[str]) -> RuntimeError:
     return RuntimeError(f"{', '.join(names)} did not stop within {_JOIN_SECONDS:g} s")
 
@@ -459,6 +546,10 @@ def _ram_ranges(memory: int) -> list[tuple[int, int]]:
     if memory <= hole:
         return [(0, memory)]
     return [(0, hole), (hole + hole_size, memory - hole)]
+
+
+def _power_off() -> None:
+    raise vcpu.StopVm(Stop(StopReason.POWERED_OFF, "the guest switched the machine off"))
 
 
 def _debug_exit(status: int) -> None:

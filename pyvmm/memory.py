@@ -94,6 +94,11 @@ class GuestMemory:
         offset = gpa - slot.gpa
         slot.pages[offset : offset + len(data)] = bytes(data)
 
+    def clear(self) -> None:
+        """Make all of it zeros again, as after add_slot()."""
+        for slot in self.slots:
+            slot.pages.madvise(mmap.MADV_DONTNEED)  # of private pages: the kernel forgets them
+
     def ranges(self) -> list[tuple[int, int]]:
         """(gpa, size in bytes) of each slot that the guest may write, in order of address."""
         return sorted((slot.gpa, slot.size) for slot in self.slots if not slot.readonly)

@@ -166,6 +166,13 @@ def _vcpus(target: MachineTarget, words: list[str]) -> str:
     return "\n".join(lines)
 
 
+def _screen(target: MachineTarget, words: list[str]) -> str:
+    lines = target.machine.screen().text()
+    while lines and not lines[-1]:
+        lines.pop()
+    return "\n".join(lines) or "the screen is blank"
+
+
 def _probe(target: MachineTarget, words: list[str]) -> str:
     from pyvmm import hostprobe, probereport
 
@@ -215,6 +222,7 @@ COMMANDS = (
     Command("exits", "", "how often each vCPU has left the guest, and why", _exits),
     Command("memory", "", "RAM and the devices in guest-physical memory and at ports", _memory),
     Command("vcpus", "", "where each vCPU is, and in which mode", _vcpus),
+    Command("screen", "", "what the text screen at 0xb8000 shows", _screen),
     Command("probe", "", "what this host's KVM can and cannot do", _probe),
     Command("catch-int3", "[on|off]", "stop at the guest's own int3", _catch_int3),
     Command("inject-nmi", "[VCPU]", "raise a non-maskable interrupt", _inject_nmi),

@@ -197,6 +197,16 @@ class RunControl:
             self._stop = None
             self.vm.resume_cpu(ALL)
 
+    def after_reset(self) -> None:
+        """The machine was reset, and its image loaded again: keep the breakpoints in it.
+
+        All vCPUs are held.  Events from before are of a guest that is gone.
+        """
+        with self._lock:
+            for state in self._states.values():
+                state.owed = None
+            self.breakpoints.plant_again()
+
     # --- claiming a stop (with _lock held) -------------------------------------------------------
 
     def _claim(self, report: StopReport) -> None:

@@ -135,7 +135,7 @@ class Stepper:
         return True, self._at_gp_handler(vm, vcpu, cpu)
 
     def not_the_guests_int3(self, vm: VM, vcpu: VcpuRecord) -> bool:
-        """Whether an int3 that a vCPU left with was a trap for another's step, and is gone again."""
+        """Whether an int3 that a vCPU left with was a trap for another's step, gone by now."""
         if not (vm.irqchip and self.used):
             return False
         with self._lock:

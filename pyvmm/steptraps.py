@@ -246,8 +246,9 @@ def undo_fault(cpu: Cpu) -> bool:
 def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:
     """Make a stop at a handler's first instruction look like a step that ended where it should.
 
-    TF goes out of the saved flags, unless it was the guest's own.  If it is the handler of #DB and was entered from CPL 3, then this host has
-    delivered the step itself to the guest, and the frame is undone as `iret` would.
+    TF goes out of the saved flags, unless it was the guest's own.  If it is the handler of #DB and
+    was entered from CPL 3, then this host has delivered the step itself to the guest, and the frame
+    is undone as `iret` would.
     """
     size = _word_size(cpu)
     values = frame(cpu)

@@ -13,6 +13,8 @@ class StopReason(Enum):
     """Why Machine.run() returned."""
 
     HALTED = "the guest ended by itself"
+    POWERED_OFF = "the guest switched the machine off"
+    RESET = "the guest asked for a reset, and the machine was not to do that"
     DEBUG_EXIT = "the guest wrote to the debug-exit port"
     CRASHED = "the guest crashed"
     FAILED = "the host or the VMM failed"
@@ -28,6 +30,8 @@ STATUS_TIMEOUT = 124  # as timeout(1)
 
 _STATUS = {
     StopReason.HALTED: STATUS_OK,
+    StopReason.POWERED_OFF: STATUS_OK,
+    StopReason.RESET: STATUS_OK,
     StopReason.CRASHED: STATUS_CRASHED,
     StopReason.FAILED: STATUS_FAILED,
     StopReason.TIMEOUT: STATUS_TIMEOUT,

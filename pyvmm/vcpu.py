@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Handler = Callable[["VcpuThread", Any], None]
 
+ALL_HALTED = "all vCPUs are halted with interrupts off"
+
 
 class StopVm(Exception):
     """Raised by a handler: the VM is to end for this reason."""
@@ -101,7 +103,7 @@ def handle_hlt(cpu: VcpuThread, exit: exits.Hlt) -> None:
     """Sleep until something wakes the vCPU.  If nothing ever can, the guest has ended."""
     vm = cpu.vm
     if not exit.interrupts_enabled and vm.all_halted_for_good():
-        raise StopVm(Stop(StopReason.HALTED, "all vCPUs are halted with interrupts off"))
+        raise StopVm(Stop(StopReason.HALTED, ALL_HALTED))
     vm.sleep(cpu.vcpu_id)
 
 

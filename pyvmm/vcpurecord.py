@@ -76,7 +76,7 @@ class VcpuRecord:
         self.thread_id: int | None = None  # the thread that runs it; None: not active
         self.kicked = False  # KICK_SIGNAL was sent and has not been taken
         self.debugged = False
-        self.held = False  # kept out of the guest by VM.rendezvous()
+        self.held = False  # kept out of the guest by VM.hold()
         self.ended = False  # the VM is ending
         self.bp_queued: int | None = None  # a #BP to deliver in software, RIP this much further
         self.asleep = False  # in vm.sleep()
@@ -102,8 +102,8 @@ class VcpuRecord:
 
     @property
     def parked(self) -> bool:
-        """Debugged (or held), and its thread sleeps: its registers hold still."""
-        return (self.debugged or self.held) and self.asleep
+        """Debugged, and its thread sleeps: it executes nothing and its registers hold still."""
+        return self.debugged and self.asleep and not self.held
 
     def update_attention(self) -> None:
         """Call with VM._lock held, after any change of a guarded field."""

@@ -285,7 +285,7 @@ class Debuggee:
     ) -> None:
         """`prepare` is called before the machine runs: for devices and memory contents."""
         image = flat_image(guest) if isinstance(guest, bytes) else guest
-        self.machine = Machine(image, cpus=cpus, memory=RAM)
+        self.machine = Machine(image, cpus=cpus, memory=RAM, irqchip=False)
         if prepare is not None:
             prepare(self.machine)
         try:

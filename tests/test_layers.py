@@ -29,6 +29,11 @@ LAYERS = (
 LAZY = {
     ("memory", "paging"),
     ("hypervisor", "hostprobe"),
+    ("hypervisor", "reset"),
+    ("machine", "boot.tables"),
+    ("machine", "idle"),
+    ("machine", "screen"),
+    ("cli", "screen"),
     ("machine", "report"),
     ("cli", "probereport"),
     ("cli", "trace"),

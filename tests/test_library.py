@@ -133,7 +133,7 @@ def test_a_limit_of_no_exits_runs_nothing() -> None:
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_several_vcpus_are_limited_and_go_on(cpus: int) -> None:
-    with Machine(HELLO, cpus=cpus, coalesce=False) as vm:
+    with Machine(HELLO, cpus=cpus, irqchip=False, coalesce=False) as vm:
         for _ in range(5):
             assert vm.run(timeout=PATIENCE, max_exits=5).reason is StopReason.EXIT_LIMIT
         assert vm.run(timeout=PATIENCE).reason is StopReason.HALTED
@@ -366,7 +366,7 @@ def test_registers_by_name(tmp_path: Path) -> None:
 
 
 def test_each_vcpu_has_its_own_registers() -> None:
-    with Machine(COUNTER, cpus=3) as vm:
+    with Machine(COUNTER, cpus=3, irqchip=False) as vm:
         assert [vm.get_register("rdi", n) for n in range(3)] == [0, 1, 2]
         assert len({vm.get_register("rsp", n) for n in range(3)}) == 3
         assert all(vm.get_register("rsp", n) % 16 == 0 for n in range(3))
@@ -441,7 +441,7 @@ def signal_state() -> tuple[object, ...]:
 
 def test_signal_handlers_and_masks_stay_as_they_were() -> None:
     before = signal_state()
-    with Machine(HELLO, cpus=2) as vm:
+    with Machine(HELLO, cpus=2, irqchip=False) as vm:
         assert signal_state() == before
         vm.run(timeout=PATIENCE)
         assert signal_state() == before
@@ -482,7 +482,7 @@ def test_two_machines_run_at_once() -> None:
 
     def work() -> None:
         for _ in range(5):
-            with Machine(HELLO, cpus=2) as vm:
+            with Machine(HELLO, cpus=2, irqchip=False) as vm:
                 results.append((vm.run(timeout=PATIENCE).reason, bytes(vm.output)))
 
     threads = [threading.Thread(target=work) for _ in range(2)]

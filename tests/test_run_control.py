@@ -1081,7 +1081,7 @@ def test_a_run_limit_does_not_resume_what_the_debugger_keeps_parked() -> None:
         data = machine.read_memory(COUNTERS + 64 * vcpu_id, 8, physical=True)
         return int.from_bytes(data, "little")
 
-    with Machine(flat_image(COUNT), cpus=2, memory=RAM) as machine:
+    with Machine(flat_image(COUNT), cpus=2, irqchip=False, memory=RAM) as machine:
         server = DebugServer(machine, parse_address("0"))
         try:
             machine.run(timeout=0.02)

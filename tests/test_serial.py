@@ -14,10 +14,22 @@ from pyvmm.devices.serial import (
     DATA,
     FIFO_BYTES,
     IER,
+    IER_LINE,
+    IER_MODEM,
+    IER_RECEIVED,
+    IER_TRANSMITTER,
     IIR_FCR,
+    IIR_FIFO_ENABLED,
+    IIR_LINE,
+    IIR_MODEM,
+    IIR_NONE,
+    IIR_RECEIVED,
+    IIR_TIMEOUT,
+    IIR_TRANSMITTER,
     LCR,
     LSR,
     LSR_DATA_READY,
+    LSR_OVERRUN,
     LSR_TRANSMITTER_EMPTY,
     MCR,
     MSR,
@@ -25,13 +37,32 @@ from pyvmm.devices.serial import (
     Serial,
 )
 
+FIFO_ON, FIFO_OFF = 0x01, 0x00
+
 
 class Port:
-    """A UART and what it sent, with byte accesses as a driver makes them."""
+    """A UART and what it did, with byte accesses as a driver makes them."""
 
     def __init__(self) -> None:
         self.sent = bytearray()
-        self.uart = Serial(self.sent.extend)
+        self.line = False  # the interrupt line
+        self.edges = 0  # how often the line rose: what an edge-triggered controller sees
+        self.rooms = 0  # how often the UART said that it has room again
+        self.waits: list[bool] = []  # what it said about transmitter interrupts
+        self.uart = Serial(self.sent.extend, self._count_room, self._set_line)
+        self.uart.on_transmit_interrupt = self.waits.append
+
+    def _count_room(self) -> None:
+        self.rooms += 1
+
+    def _set_line(self, level: bool) -> None:
+        assert level != self.line
+        self.line = level
+        self.edges += level
+
+    def source(self) -> int:
+        """IIR without the FIFO bits."""
+        return self.read(IIR_FCR) & 0x0F
 
     def read(self, offset: int) -> int:
         return self.uart.read(offset, 1)
@@ -74,6 +105,7 @@ def test_input_is_read_in_order_while_data_is_ready(port: Port) -> None:
 
 
 def test_the_fifo_takes_sixteen_bytes_and_says_how_many_it_took(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
     assert port.uart.room() == FIFO_BYTES == 16
     assert port.uart.receive(b"0123456789") == 10
     assert port.uart.room() == 6
@@ -126,6 +158,364 @@ def test_senders_and_receivers_in_many_threads_lose_nothing() -> None:
     for thread in threads:
         thread.join(20)
     assert sorted(port.sent) == sorted(b"abcd" * 500)
+
+
+# --- the receiver, with and without its FIFO ---------------------------------------------------
+
+
+def test_without_the_fifo_there_is_room_for_one_byte(port: Port) -> None:
+    assert port.uart.room() == 1
+    port.uart.receive(b"a")
+    assert port.uart.room() == 0
+    assert port.read(DATA) == ord("a")
+    assert port.uart.room() == 1
+
+
+def test_input_that_had_room_is_not_lost_when_the_fifo_was_off_all_the_time(port: Port) -> None:
+    # The terminal's thread asked for room while the guest had its FIFO on for a moment.
+    assert port.uart.receive(b"0123456789abcdefg") == 16
+    assert port.uart.room() == 0
+    assert bytes(port.read(DATA) for _ in range(17)) == b"0123456789abcdef\0"
+
+
+def test_switching_the_fifo_off_forgets_what_was_in_it(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    port.uart.receive(b"abc")
+    port.write(IIR_FCR, FIFO_OFF)
+    assert port.read(LSR) & LSR_DATA_READY == 0
+    assert port.uart.room() == 1
+
+
+def test_a_fifo_that_is_off_cannot_be_cleared(port: Port) -> None:
+    port.uart.receive(b"a")
+    port.write(IIR_FCR, 0xC6)  # without the enable bit the others mean nothing
+    assert port.read(DATA) == ord("a")
+    assert port.source() == IIR_NONE
+
+
+def test_who_waits_for_room_is_told_when_a_byte_was_read(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    port.uart.receive(bytes(16))
+    port.rooms = 0
+    for _ in range(16):
+        port.read(LSR)
+        port.read(DATA)
+    assert port.rooms == 1
+
+
+@pytest.mark.parametrize(
+    "offset_value",
+    [(IIR_FCR, 0x03), (IIR_FCR, FIFO_OFF), (MCR, 0x00)],
+    ids=["FIFO cleared", "FIFO off", "out of loopback"],
+)
+def test_who_waits_for_room_is_told_when_there_is_some(
+    port: Port, offset_value: tuple[int, int]
+) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    if offset_value[0] == MCR:
+        port.write(MCR, 0x10)
+    else:
+        port.uart.receive(bytes(16))
+    assert port.uart.room() == 0
+    port.rooms = 0
+    port.write(*offset_value)
+    assert port.uart.room() > 0
+    assert port.rooms == 1
+
+
+def test_an_overrun_of_the_holding_register_replaces_the_byte(port: Port) -> None:
+    port.write(MCR, 0x10)
+    port.uart.write_many(b"abc")
+    assert port.read(LSR) & 0x0F == LSR_DATA_READY | LSR_OVERRUN
+    assert port.read(LSR) & 0x0F == LSR_DATA_READY  # reading cleared the error
+    assert bytes(port.read(DATA) for _ in range(2)) == b"c\0"
+
+
+def test_an_overrun_of_the_fifo_loses_the_new_byte(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    port.write(MCR, 0x10)
+    port.uart.write_many(b"0123456789abcdef")
+    assert port.read(LSR) & LSR_OVERRUN == 0
+    port.write(DATA, ord("x"))
+    assert port.read(LSR) & LSR_OVERRUN
+    assert port.read(LSR) & LSR_OVERRUN == 0
+    assert bytes(port.read(DATA) for _ in range(17)) == b"0123456789abcdef\0"
+
+
+def test_input_waits_while_the_guest_tests_its_uart_in_loopback(port: Port) -> None:
+    port.write(IIR_FCR, 0xC7)
+    port.uart.receive(b"typed")
+    port.write(MCR, 0x1E)  # the loopback test of OSDev's wiki
+    assert port.uart.room() == 0
+    assert port.uart.receive(b" before") == 7  # there was room a moment ago
+    port.write(DATA, 0xAE)
+    assert port.read(DATA) == 0xAE
+    assert port.read(LSR) & LSR_DATA_READY == 0
+    port.write(MCR, 0x0F)
+    assert bytes(port.read(DATA) for _ in range(12)) == b"typed before"
+
+
+def test_what_was_sent_in_loopback_can_be_read_after_it(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    port.uart.receive(b"input")
+    port.write(MCR, 0x10)
+    port.uart.write_many(b"own ")
+    port.write(MCR, 0x00)
+    assert bytes(port.read(DATA) for _ in range(9)) == b"own input"
+
+
+def test_going_in_and_out_of_loopback_heaps_nothing_up(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
+    for _ in range(10):
+        port.uart.receive(bytes(100))
+        port.write(MCR, 0x10)
+        port.uart.receive(bytes(100))
+        port.uart.write_many(bytes(100))
+        port.write(MCR, 0x00)
+    left = 0
+    while port.read(LSR) & LSR_DATA_READY:
+        port.read(DATA)
+        left += 1
+    assert left == FIFO_BYTES
+
+
+# --- interrupts ----------------------------------------------------------------------------------
+
+ALL = IER_RECEIVED | IER_TRANSMITTER | IER_LINE | IER_MODEM
+
+
+def make_everything_pending(port: Port) -> None:
+    port.write(IIR_FCR, 0x41)  # trigger level 4
+    port.write(MCR, 0x10)
+    port.uart.write_many(bytes(17))
+
+
+@pytest.mark.parametrize(
+    ("enabled", "source"),
+    [
+        (ALL, IIR_LINE),
+        (ALL & ~IER_LINE, IIR_RECEIVED),
+        (IER_TRANSMITTER | IER_MODEM, IIR_TRANSMITTER),
+        (IER_MODEM, IIR_MODEM),
+        (IER_LINE, IIR_LINE),
+        (0, IIR_NONE),
+    ],
+)
+def test_of_the_enabled_sources_the_most_urgent_is_reported(
+    port: Port, enabled: int, source: int
+) -> None:
+    make_everything_pending(port)
+    port.write(IER, enabled)
+    assert port.read(IIR_FCR) == source | IIR_FIFO_ENABLED
+    if source != IIR_TRANSMITTER:  # which is cleared by being reported
+        assert port.line == (source != IIR_NONE)
+
+
+def test_each_source_is_cleared_by_its_own_register_and_the_next_one_appears(port: Port) -> None:
+    make_everything_pending(port)
+    port.write(IER, ALL)
+    seen = [port.source()]
+    port.read(LSR)
+    seen.append(port.source())
+    for _ in range(13):
+        port.read(DATA)
+    seen.append(port.source())  # three bytes are below the trigger level
+    for _ in range(3):
+        port.read(DATA)
+    seen += [port.source(), port.source()]
+    port.read(MSR)
+    seen.append(port.source())
+    assert seen == [IIR_LINE, IIR_RECEIVED, IIR_TIMEOUT, IIR_TRANSMITTER, IIR_MODEM, IIR_NONE]
+    assert not port.line
+    assert port.edges == 1  # it was high all the time
+
+
+def test_a_masked_source_stays_pending(port: Port) -> None:
+    port.write(IER, IER_RECEIVED)
+    port.uart.receive(b"x")
+    assert port.line
+    port.write(IER, 0)
+    assert not port.line
+    assert port.source() == IIR_NONE
+    port.write(IER, IER_RECEIVED)
+    assert port.line
+
+
+@pytest.mark.parametrize(
+    ("fifo_control", "trigger"), [(0x01, 1), (0x41, 4), (0x81, 8), (0xC1, 14), (0xC0, 1)]
+)
+def test_below_the_trigger_level_input_counts_as_timed_out(
+    port: Port, fifo_control: int, trigger: int
+) -> None:
+    port.write(IIR_FCR, fifo_control)
+    port.write(IER, IER_RECEIVED)
+    for count in range(1, 17):
+        port.uart.receive(b"x")
+        assert port.line
+        assert port.source() == (IIR_RECEIVED if count >= trigger else IIR_TIMEOUT)
+
+
+def test_without_the_fifo_each_byte_is_an_interrupt_of_its_own(port: Port) -> None:
+    port.write(IER, IER_RECEIVED)
+    port.uart.receive(b"abc")
+    got = bytearray()
+    while port.edges > len(got):  # a handler that reads one byte
+        got.append(port.read(DATA))
+    assert got == b"abc"
+    assert not port.line
+
+
+def test_the_transmitter_interrupts_at_once_when_that_is_enabled(port: Port) -> None:
+    port.write(IER, IER_TRANSMITTER)
+    assert port.line
+    assert port.source() == IIR_TRANSMITTER
+    assert not port.line  # reading IIR has cleared it
+    assert port.source() == IIR_NONE
+    port.write(IER, IER_TRANSMITTER | IER_RECEIVED)  # was enabled already: nothing new
+    assert port.source() == IIR_NONE
+    port.write(IER, 0)
+    port.write(IER, IER_TRANSMITTER)
+    assert port.source() == IIR_TRANSMITTER
+
+
+def test_iir_does_not_clear_the_transmitter_s_interrupt_when_it_reports_another(port: Port) -> None:
+    port.write(IER, IER_TRANSMITTER | IER_RECEIVED)
+    port.uart.receive(b"x")
+    assert port.source() == IIR_RECEIVED
+    port.read(DATA)
+    assert port.source() == IIR_TRANSMITTER
+
+
+@pytest.mark.parametrize("reads_iir", [True, False])
+def test_each_sent_byte_is_followed_by_an_interrupt(port: Port, reads_iir: bool) -> None:
+    """A driver that sends a byte in each interrupt, whether or not it asks why it was called."""
+    text = bytearray(b"one at a time")
+    port.write(IER, IER_TRANSMITTER)
+    handled = 0
+    while port.edges > handled:
+        handled += 1
+        if reads_iir:
+            assert port.source() == IIR_TRANSMITTER
+        if text:
+            port.write(DATA, text.pop(0))
+        else:
+            port.write(IER, 0)
+    assert port.sent == b"one at a time"
+    assert handled == len(port.sent) + 1
+
+
+def test_bytes_that_come_together_are_followed_by_one_interrupt(port: Port) -> None:
+    port.write(IER, IER_TRANSMITTER)
+    port.source()
+    port.edges = 0
+    port.uart.write_many(b"coalesced")
+    assert port.edges == 1
+    assert port.source() == IIR_TRANSMITTER
+
+
+def test_the_byte_is_out_before_the_interrupt_says_so() -> None:
+    events: list[object] = []
+    uart = Serial(events.append, irq=events.append)
+    uart.write(IER, 1, IER_TRANSMITTER)
+    uart.read(IIR_FCR, 1)
+    uart.write(DATA, 1, ord("x"))
+    assert events == [True, False, b"x", True]
+
+
+def test_while_a_driver_waits_for_transmitter_interrupts_it_is_said_so(port: Port) -> None:
+    for value in (IER_RECEIVED, IER_RECEIVED | IER_TRANSMITTER, IER_TRANSMITTER, 0, 0):
+        port.write(IER, value)
+    assert port.waits == [True, False]
+    port.write(LCR, 0x80)
+    port.write(IER, IER_TRANSMITTER)  # half of a divisor
+    assert port.waits == [True, False]
+
+
+def test_callbacks_may_use_the_uart() -> None:
+    # Switching coalesced output off hands over what was collected, and that is for this UART.
+    sent = bytearray()
+
+    def type_more() -> None:
+        uart.receive(b"y")
+
+    uart = Serial(sent.extend, on_room=type_more)
+    uart.on_transmit_interrupt = lambda wanted: uart.write_many(b"late")
+    uart.receive(b"x")
+    uart.read(DATA, 1)
+    uart.write(IER, 1, IER_TRANSMITTER)
+    assert sent == b"late"
+    assert uart.read(DATA, 1) == ord("y")
+
+
+@pytest.mark.parametrize("modem_control", [0x00, 0x08, 0x10, 0x18])
+def test_interrupts_arrive_whatever_the_modem_outputs_are(port: Port, modem_control: int) -> None:
+    # On a PC OUT2 is a gate.  QEMU has none, and xv6, for example, never opens it.
+    port.write(MCR, modem_control)
+    port.read(MSR)
+    port.write(IER, IER_TRANSMITTER)
+    assert port.line
+
+
+def test_in_loopback_what_is_sent_makes_interrupts_too(port: Port) -> None:
+    port.write(MCR, 0x10)
+    port.read(MSR)
+    port.write(IER, IER_RECEIVED | IER_LINE)
+    assert not port.line
+    port.write(DATA, 1)
+    assert port.source() == IIR_RECEIVED
+    port.write(DATA, 2)
+    assert port.source() == IIR_LINE
+    port.read(LSR)
+    port.read(DATA)
+    assert not port.line
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "changes"),
+    [
+        (0x10, 0x11, 0x02),  # DTR is seen as "data set ready"
+        (0x11, 0x10, 0x02),
+        (0x10, 0x12, 0x01),  # RTS as "clear to send"
+        (0x10, 0x14, 0x00),  # OUT1 as the ring indicator, of which the beginning is not reported
+        (0x14, 0x10, 0x04),  # but the end
+        (0x10, 0x18, 0x08),  # OUT2 as carrier
+        (0x15, 0x1A, 0x0F),
+        (0x1F, 0x1F, 0x00),
+        (0x00, 0x10, 0x0B),  # carrier, data set ready and clear to send go away
+        (0x00, 0x0F, 0x00),  # nobody is there to see our outputs
+    ],
+)
+def test_changed_modem_lines_are_reported_once(
+    port: Port, before: int, after: int, changes: int
+) -> None:
+    port.write(MCR, before)
+    port.read(MSR)
+    port.write(IER, IER_MODEM)
+    assert not port.line
+    port.write(MCR, after)
+    assert port.line == (changes != 0)
+    assert port.read(MSR) & 0x0F == changes
+    assert port.read(MSR) & 0x0F == 0
+    assert not port.line
+
+
+def test_a_reset_of_a_polled_port_says_nothing_about_interrupts(port: Port) -> None:
+    port.write(IER, IER_RECEIVED)
+    port.uart.reset()
+    assert port.waits == []
+    assert port.edges == 0
+
+
+def test_after_a_reset_it_is_as_new(port: Port) -> None:
+    make_everything_pending(port)
+    port.write(IER, ALL)
+    port.write(LCR, 0x9B)
+    port.write(SCRATCH, 0x5A)
+    port.uart.reset()
+    assert not port.line
+    assert port.waits == [True, False]
+    assert port.uart.room() == 1
+    assert [port.read(offset) for offset in range(8)] == [0, 0, 0x01, 0x03, 0, 0x60, 0xB0, 0]
 
 
 # --- the divisor latch ---------------------------------------------------------------------------
@@ -202,6 +592,7 @@ def test_in_loopback_what_is_sent_is_received_and_goes_nowhere_else(port: Port) 
     assert port.read(LSR) & LSR_DATA_READY
     assert port.read(DATA) == 0xAE
     assert port.sent == b""
+    port.write(IIR_FCR, FIFO_ON)
     port.uart.write_many(b"ab")  # coalesced
     assert (port.read(DATA), port.read(DATA)) == (ord("a"), ord("b"))
     assert port.sent == b""
@@ -211,6 +602,7 @@ def test_in_loopback_what_is_sent_is_received_and_goes_nowhere_else(port: Port) 
 
 
 def test_in_loopback_the_fifo_does_not_grow_without_end(port: Port) -> None:
+    port.write(IIR_FCR, FIFO_ON)
     port.write(MCR, 0x10)
     for byte in range(100):
         port.write(DATA, byte)
@@ -246,6 +638,35 @@ def test_linux_takes_it_for_a_16550a(port: Port) -> None:
     # A TI16750 has 64-byte FIFOs.
     port.write(IIR_FCR, 0x21)
     assert port.read(IIR_FCR) & 0xE0 == 0xC0
+    # 16650 and later have automatic flow control in MCR.
+    port.write(MCR, 0xFF)
+    assert port.read(MCR) == 0x1F
+
+
+def test_freebsd_measures_a_fifo_of_sixteen_bytes(port: Port) -> None:
+    # uart_dev_ns8250.c, ns8250_bus_probe(): send in loopback until there is an overrun.
+    port.write(MCR, 0x10)
+    port.write(IIR_FCR, 0x07)
+    count = 0
+    while not port.read(LSR) & LSR_OVERRUN:
+        port.write(DATA, 0)
+        count += 1
+        assert count < 260
+    assert count - 1 == 16
+
+
+def test_linux_finds_the_interrupt(port: Port) -> None:
+    # autoconfig_irq(): which line rises when all is enabled and a byte is sent?
+    port.write(MCR, 0x0C)
+    port.write(MCR, 0x00)
+    port.write(MCR, 0x0B)
+    port.write(IER, 0x0F)
+    for register in (LSR, DATA, IIR_FCR, MSR):
+        port.read(register)
+    assert not port.line
+    port.edges = 0
+    port.write(DATA, 0xFF)
+    assert port.edges == 1
 
 
 def test_with_the_fifo_off_iir_says_so_and_no_interrupt_is_pending(port: Port) -> None:
@@ -257,12 +678,15 @@ def test_with_the_fifo_off_iir_says_so_and_no_interrupt_is_pending(port: Port) -
 
 
 def test_linux_finds_no_transmit_bugs(port: Port) -> None:
-    # serial8250_do_startup(): THRE interrupt test.
+    # serial8250_do_startup(): is the transmitter's interrupt there again when it is re-enabled,
+    # and can "transmitter empty" be seen in both registers?
+    for _ in range(2):
+        port.write(IER, 0x02)
+        assert port.read(IIR_FCR) & 1 == 0
+        port.write(IER, 0)
     port.write(IER, 0x02)
-    first = port.read(IIR_FCR) & 1
-    port.write(IER, 0)
-    port.write(IER, 0x02)
-    assert port.read(IIR_FCR) & 1 == first
+    assert port.read(LSR) & 0x40
+    assert port.read(IIR_FCR) & 1 == 0
     port.write(IER, 0)
     assert port.read(LSR) != 0xFF  # "no such port"
 
@@ -277,3 +701,50 @@ def test_line_and_modem_status_cannot_be_written(port: Port) -> None:
 def test_a_newly_built_port_is_set_to_eight_bits_and_dlab_is_off(port: Port) -> None:
     assert port.read(LCR) == 0x03
     assert port.read(IER) == 0
+
+
+# --- abuse ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_no_access_of_any_width_and_value_harms_it(port: Port, size: int) -> None:
+    values = (0, (1 << 8 * size) - 1, 0x0123456789ABCDEF, 0xDEADBEEF1C83E07F)
+    for value in values:
+        for offset in [*range(8), *reversed(range(8))]:
+            port.uart.write(offset, size, value)
+            port.uart.receive(b"abcdefghijklmnopqrst")
+            for other in range(8):
+                assert 0 <= port.uart.read(other, size) < 1 << 8 * size
+    port.uart.write_many(b"")
+
+
+def test_a_stream_of_input_arrives_whole_while_interrupts_are_used() -> None:
+    data = bytes(range(256)) * 4
+    got = bytearray()
+    room, called = threading.Event(), threading.Event()
+
+    def set_line(level: bool) -> None:
+        if level:
+            called.set()
+
+    uart = Serial(bytes, room.set, set_line)
+    uart.write(IIR_FCR, 1, 0x81)
+    uart.write(IER, 1, IER_RECEIVED)
+
+    def type_it() -> None:
+        rest = data
+        while rest:
+            room.clear()
+            if uart.room():
+                rest = rest[uart.receive(rest[: uart.room()]) :]
+            elif not room.wait(20):
+                return
+
+    typist = threading.Thread(target=type_it)
+    typist.start()
+    while len(got) < len(data) and called.wait(20):
+        called.clear()
+        while uart.read(IIR_FCR, 1) & 1 == 0:
+            got.append(uart.read(DATA, 1))
+    typist.join(20)
+    assert got == data

@@ -46,7 +46,7 @@ def test_fifty_machines_leave_no_descriptor_thread_or_mapping(tmp_path: Path) ->
     def one_of_each() -> None:
         with Machine(HELLO) as vm:
             assert vm.run(timeout=PATIENCE).reason is StopReason.HALTED
-        with Machine(COUNTER, cpus=2) as vm:
+        with Machine(COUNTER, cpus=2, irqchip=False) as vm:
             assert vm.run(timeout=0.01).reason is StopReason.TIMEOUT
         with Machine(GUESTS / "triplefault.bin") as vm:
             assert vm.run(timeout=PATIENCE).reason is StopReason.CRASHED
@@ -55,7 +55,7 @@ def test_fifty_machines_leave_no_descriptor_thread_or_mapping(tmp_path: Path) ->
         with pytest.raises(ImageError):
             Machine(too_large, memory=2 << 20)
         with pytest.raises(ValueError):
-            Machine(HELLO, cpus=1_000_000)
+            Machine(HELLO, cpus=1_000_000, irqchip=False)
         with pytest.raises(OSError):
             Machine(HELLO, device="/dev/null")
         with pytest.raises(OSError):
@@ -71,7 +71,7 @@ def test_fifty_machines_leave_no_descriptor_thread_or_mapping(tmp_path: Path) ->
 
 def test_an_exception_in_the_with_block_passes_and_everything_is_freed() -> None:
     before = state()
-    with pytest.raises(KeyError), Machine(COUNTER, cpus=2) as vm:
+    with pytest.raises(KeyError), Machine(COUNTER, cpus=2, irqchip=False) as vm:
         vm.run(timeout=0.02)
         raise KeyError
     assert state() == before
@@ -104,7 +104,7 @@ def test_using_a_closed_machine_is_an_error_and_not_a_crash_or_a_hang() -> None:
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_a_guest_that_spins_is_closed_at_once(cpus: int) -> None:
     before = state()
-    with Machine(COUNTER, cpus=cpus) as vm:
+    with Machine(COUNTER, cpus=cpus, irqchip=False) as vm:
         vm.run(timeout=0.02)
     assert state() == before
 
@@ -113,7 +113,7 @@ def test_a_guest_that_waits_for_an_interrupt_is_closed_at_once(tmp_path: Path) -
     guest = tmp_path / "waits.bin"
     guest.write_bytes(bytes.fromhex("fb f4 ebfd"))  # sti; 1: hlt; jmp 1b
     before = state()
-    with Machine(guest, cpus=2) as vm:
+    with Machine(guest, cpus=2, irqchip=False) as vm:
         assert vm.run(timeout=0.05).reason is StopReason.TIMEOUT
     assert state() == before
 
@@ -122,7 +122,7 @@ def test_a_machine_that_failed_while_it_was_built_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = state()
-    for name in ("write_boot_structures", "set_entry_state", "CoalescedPorts", "Serial"):
+    for name in ("write_boot_structures", "set_entry_state", "CoalescedPorts", "Pc"):
         with monkeypatch.context() as patch:
 
             def fail(*_: object, **__: object) -> None:
@@ -146,7 +146,7 @@ def test_a_machine_whose_threads_cannot_start_leaves_nothing(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    vm = Machine(HELLO, cpus=3)
+    vm = Machine(HELLO, cpus=3, irqchip=False)
     try:
         with pytest.raises(RuntimeError, match="can't start new thread"):
             vm.run(timeout=PATIENCE)
@@ -168,7 +168,7 @@ class Stuck:
         # vCPU 0 writes to the port; vCPU 1 spins.
         guest.write_bytes(bytes.fromhex("85ff 7506 66ba0010 ee f4 ebfe"))
         self.release, self.inside = threading.Event(), threading.Event()
-        self.machine = Machine(guest, cpus=2)
+        self.machine = Machine(guest, cpus=2, irqchip=False)
         self.machine.on_port(0x1000, write=self._write)
         self.outcome: list[object] = []
         self.thread = threading.Thread(target=self._run)
@@ -232,7 +232,7 @@ def test_the_thread_that_does_not_stop_is_named_when_another_vcpu_ends_the_vm(
         inside.set()
         release.wait(30)
 
-    vm = Machine(guest, cpus=2)
+    vm = Machine(guest, cpus=2, irqchip=False)
     vm.on_port(0x1000, write=write)
     try:
         with pytest.raises(RuntimeError, match="vcpu-0"):

@@ -46,7 +46,7 @@ def test_halt_with_interrupts_off_ends_the_vm() -> None:
 def test_vm_ends_only_when_all_vcpus_have_halted() -> None:
     # vCPU 0 halts at once; the others print 200 times before: test edi, edi; jz 2f; ...
     code = bytes.fromhex("85ff740bb9c8000000e680ffc975faf4")
-    with Machine(image(code), cpus=3) as guest:
+    with Machine(image(code), cpus=3, irqchip=False) as guest:
         written: list[int] = []
         guest.on_port(PORT, write=lambda offset, size, value: written.append(value))
         assert guest.run(timeout=PATIENCE).reason is StopReason.HALTED
@@ -55,7 +55,7 @@ def test_vm_ends_only_when_all_vcpus_have_halted() -> None:
 
 def test_triple_fault_of_one_vcpu_ends_the_vm_of_all() -> None:
     code = bytes.fromhex("83ff027402ebfe0f0b")  # cmp edi, 2; je 1f; jmp .; 1: ud2
-    with Machine(image(code), cpus=3) as guest:
+    with Machine(image(code), cpus=3, irqchip=False) as guest:
         stop = guest.run(timeout=PATIENCE)
         assert (stop.reason, stop.status) == (StopReason.CRASHED, STATUS_CRASHED)
         assert stop.vcpu_id == 2
@@ -66,7 +66,9 @@ def test_triple_fault_of_one_vcpu_ends_the_vm_of_all() -> None:
 
 def test_vcpus_start_together_and_none_before_run() -> None:
     code = b"\x48\xff\x04\xfd" + (0x20_0000).to_bytes(4, "little") + b"\xeb\xf6"
-    with Machine(image(code), cpus=3) as guest:  # 1: inc qword [0x200000 + 8 * rdi]; jmp 1b
+    with Machine(
+        image(code), cpus=3, irqchip=False
+    ) as guest:  # 1: inc qword [0x200000 + 8 * rdi]; jmp 1b
         assert guest.read_memory(0x20_0000, 24, physical=True) == bytes(24)
         assert not guest.vm.active_cpus()
         assert guest.run(timeout=0.2).reason is StopReason.TIMEOUT
@@ -85,7 +87,7 @@ def test_exception_in_a_device_ends_the_vm_with_its_message(cpus: int) -> None:
     def device(offset: int, size: int, value: int) -> None:
         raise Boom("the device is on fire")
 
-    with Machine(image(OUT_THEN_SPIN), cpus=cpus) as guest:
+    with Machine(image(OUT_THEN_SPIN), cpus=cpus, irqchip=False) as guest:
         guest.on_port(PORT, write=device)
         stop = guest.run(timeout=PATIENCE)
         assert (stop.reason, stop.status) == (StopReason.FAILED, STATUS_FAILED)
@@ -139,7 +141,7 @@ def test_failure_of_one_vcpu_wins_over_what_the_others_say_later() -> None:
 
 
 def test_vcpu_that_cannot_become_active_ends_the_vm() -> None:
-    with Machine(image(SPIN), cpus=2) as guest:
+    with Machine(image(SPIN), cpus=2, irqchip=False) as guest:
         original = guest.vm.activate_cpu
 
         def activate(vcpu_id: int) -> None:
@@ -154,7 +156,7 @@ def test_vcpu_that_cannot_become_active_ends_the_vm() -> None:
 
 def test_callbacks_are_told_of_the_end_once() -> None:
     told: list[str] = []
-    with Machine(image(b"\xf4"), cpus=2) as guest:
+    with Machine(image(b"\xf4"), cpus=2, irqchip=False) as guest:
         guest.on_end(lambda: told.append("end"))
         guest.run(timeout=PATIENCE)
     assert told, "somebody waits for this to let a device go"
@@ -177,7 +179,9 @@ def test_stuck_thread_is_named_and_close_works_when_it_lets_go() -> None:
         in_device.set()
         leave_device.wait(PATIENCE)
 
-    guest = Machine(image(bytes.fromhex("85ff75fe") + OUT_THEN_SPIN), cpus=3)  # vCPU 0 only
+    guest = Machine(
+        image(bytes.fromhex("85ff75fe") + OUT_THEN_SPIN), cpus=3, irqchip=False
+    )  # vCPU 0 only
     guest.on_port(PORT, write=device)
     guest.on_port(PORT + 1, write=lambda *args: None)
     runner = threading.Thread(target=_run_quietly, args=(guest,))
@@ -238,7 +242,7 @@ def test_time_limit_is_kept_although_a_vcpu_is_stuck_in_a_device() -> None:
 
 def test_close_ends_a_machine_that_runs_on_another_thread() -> None:
     for _ in range(20):
-        guest = Machine(image(SPIN), cpus=2)
+        guest = Machine(image(SPIN), cpus=2, irqchip=False)
         runner = threading.Thread(target=_run_quietly, args=(guest,))
         runner.start()
         _wait_active(guest, 2)
@@ -250,7 +254,7 @@ def test_close_ends_a_machine_that_runs_on_another_thread() -> None:
 
 
 def test_machine_that_never_ran_is_closed() -> None:
-    Machine(image(SPIN), cpus=2).close()
+    Machine(image(SPIN), cpus=2, irqchip=False).close()
 
 
 def test_interrupt_before_and_during_run_is_not_lost() -> None:
@@ -269,7 +273,7 @@ def test_interrupt_before_and_during_run_is_not_lost() -> None:
 def test_running_a_machine_leaves_the_callers_signals_alone() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
     handlers = {n: signal.getsignal(n) for n in signal.valid_signals()}
-    with Machine(image(SPIN), cpus=2) as guest:
+    with Machine(image(SPIN), cpus=2, irqchip=False) as guest:
         guest.run(timeout=0.05)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, set()) == before
     assert {n: signal.getsignal(n) for n in signal.valid_signals()} == handlers
@@ -294,7 +298,9 @@ def test_several_machines_run_at_the_same_time() -> None:
     stops: list[Stop] = []
 
     def run() -> None:
-        with Machine(image(b"\xb9\x40\x42\x00\x00\xff\xc9\x75\xfc\xf4"), cpus=2) as guest:
+        with Machine(
+            image(b"\xb9\x40\x42\x00\x00\xff\xc9\x75\xfc\xf4"), cpus=2, irqchip=False
+        ) as guest:
             stops.append(guest.run(timeout=PATIENCE))
 
     threads = [threading.Thread(target=run) for _ in range(4)]

@@ -48,7 +48,7 @@ class NullDevice:
 
 
 def _pyvmm(guest: Path, cpus: int, count: int) -> Sample:
-    with Machine(guest, cpus=cpus) as machine:
+    with Machine(guest, cpus=cpus, irqchip=False) as machine:
         machine.ports.claim(guests.IO_PORT, 1, NullDevice(), "benchmark")
         machine.mmio.claim(guests.MMIO_GPA, 8, NullDevice(), "benchmark")
         marks = Marks(machine)

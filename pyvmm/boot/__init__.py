@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pyvmm.boot import elf, flat
+from pyvmm.boot import elf, flat, multiboot
 from pyvmm.boot.image import (
     GIB,
     Image,
     ImageError,
     LoadOptions,
     Mode,
+    Module,
     Segment,
     check_fits,
+    finish_image,
     real_mode_entry,
 )
 
@@ -31,8 +33,10 @@ __all__ = [
     "ImageError",
     "LoadOptions",
     "Mode",
+    "Module",
     "Segment",
     "check_fits",
+    "finish_image",
     "read_image",
     "real_mode_entry",
 ]
@@ -47,6 +51,7 @@ class BootProtocol(NamedTuple):
 
 
 PROTOCOLS = (
+    BootProtocol("multiboot", multiboot.recognise, multiboot.load),  # mostly ELF files
     BootProtocol("ELF", elf.recognise, elf.load),
     BootProtocol("flat binary", flat.recognise, flat.load),  # takes anything: the last one
 )
@@ -60,29 +65,50 @@ def read_image(
     mode: Mode | None = None,
     load: int | None = None,
     entry: int | None = None,
+    append: str = "",
+    modules: Sequence[str] = (),
 ) -> Image:
     """Read the guest in the file `path`; `load` and `entry` are gpas, None where not asked for.
 
-    Raises ImageError, with a message of one line, when the file cannot be read or used.
+    `append` is the guest's command line. Each of `modules` is a file for the guest, "FILE args":
+    the first space ends the file's name, and the guest gets all of it.
+    Raises ImageError, with a message of one line, when a file cannot be read or used.
     """
-    name = os.fspath(path)
-    if not name.isprintable():
-        name = repr(name)  # a newline in a file's name must not break the message
-    contents = _read_file(os.fspath(path), name)
+    name = _shown(os.fspath(path))
+    contents = _read_file(os.fspath(path), name, "guest image")
     protocol = next(protocol for protocol in PROTOCOLS if protocol.recognise(contents))
-    return protocol.load(name, contents, LoadOptions(mode, load, entry))
+    image = protocol.load(name, contents, LoadOptions(mode, load, entry))
+    if modules and image.finish is None:
+        raise ImageError(
+            f"{name}: this {image.kind} file cannot be given modules; only a multiboot kernel can"
+        )
+    return image._replace(append=append, modules=tuple(map(_read_module, modules)))
 
 
-def _read_file(path: str, name: str) -> bytes:
-    """The contents of a regular file of a believable size, which is shown as `name` in errors."""
+def _read_module(string: str) -> Module:
+    path = string.split(" ", 1)[0]
+    name = _shown(path)
+    return Module(name, string, _read_file(path, name, "module"))
+
+
+def _shown(path: str) -> str:
+    """The path as error messages show it: a newline in a file's name must not break them."""
+    return path if path.isprintable() else repr(path)
+
+
+def _read_file(path: str, name: str, what: str) -> bytes:
+    """The contents of a regular file of a believable size.
+
+    Errors show it as `name`, and say that it should be a `what`.
+    """
     try:
         # Looked at before it is opened: opening a FIFO waits, and some devices act on it.
-        size = _check_regular(os.stat(path), name)
+        size = _check_regular(os.stat(path), name, what)
         with open(path, "rb", opener=_open_at_once) as file:
-            size = _check_regular(os.fstat(file.fileno()), name)
+            size = _check_regular(os.fstat(file.fileno()), name, what)
             return file.read(size)
     except FileNotFoundError:
-        raise ImageError(f"{name}: no such file; give the path of a guest image") from None
+        raise ImageError(f"{name}: no such file; give the path of a {what}") from None
     except PermissionError:
         raise ImageError(f"{name}: permission denied; make the file readable") from None
     except ValueError:  # a null byte in the path, the only one that os.stat refuses by itself
@@ -96,17 +122,17 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _check_regular(status: os.stat_result, name: str) -> int:
+def _check_regular(status: os.stat_result, name: str, what: str) -> int:
     """The file's size in bytes; raises ImageError unless it is a regular file worth reading."""
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name}: a directory; give the path of a guest image in it")
+        raise ImageError(f"{name}: a directory; give the path of a {what} in it")
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{name}: a pipe, socket or device; copy the image to a regular file")
+        raise ImageError(f"{name}: a pipe, socket or device; copy the {what} to a regular file")
     if status.st_size == 0:
-        raise ImageError(f"{name}: the file is empty; build the guest image again")
+        raise ImageError(f"{name}: the file is empty; build the {what} again")
     if status.st_size > MAX_IMAGE_BYTES:
         raise ImageError(
-            f"{name}: {status.st_size} bytes are too many for a guest image (at most "
-            f"{MAX_IMAGE_BYTES}); strip its debug information, or name the kernel, not a disk"
+            f"{name}: {status.st_size} bytes are too many for a {what} (at most "
+            f"{MAX_IMAGE_BYTES}); strip its debug information; a whole disk does not fit"
         )
     return status.st_size

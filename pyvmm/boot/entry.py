@@ -7,12 +7,15 @@ Long mode needs structures in guest memory, which lie where no PC keeps anything
     0x80000 the initial stack grows down from here, 4 KiB further down for each further vCPU
 
 Protected mode gets the same GDT and stack.  In all modes interrupts are off, and vCPU n finds n in
-EDI.  Source: Intel SDM vol. 3A, "Processor Management and Initialization".
+EDI.  A boot protocol may say what is in other registers.
+
+Source: Intel SDM vol. 3A, "Processor Management and Initialization".
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from pyvmm import kvm, x86
 from pyvmm.boot.image import Mode, real_mode_entry
@@ -67,8 +70,17 @@ def write_boot_structures(memory: GuestMemory, mode: Mode) -> None:
         memory.write(PAGE_TABLES_GPA, identity_map(PAGE_TABLES_GPA))
 
 
-def set_entry_state(vcpu: kvm.VcpuHandle, vcpu_id: int, mode: Mode, entry: int) -> None:
-    """Set the registers of a new vCPU so that it starts at GPA `entry` in `mode`."""
+def set_entry_state(
+    vcpu: kvm.VcpuHandle,
+    vcpu_id: int,
+    mode: Mode,
+    entry: int,
+    registers: Iterable[tuple[str, int]] = (),
+) -> None:
+    """Set the registers of a new vCPU so that it starts at GPA `entry` in `mode`.
+
+    `registers` are general registers that the boot protocol fills: name in kvm_regs, and value.
+    """
     regs = kvm.kvm_regs(rflags=x86.RFLAGS_FIXED, rip=entry, rdi=vcpu_id)
     regs.rsp = STACK_TOP - STACK_BYTES * vcpu_id
     sregs = vcpu.get(kvm.kvm_sregs)
@@ -91,5 +103,7 @@ def set_entry_state(vcpu: kvm.VcpuHandle, vcpu_id: int, mode: Mode, entry: int) 
         sregs.cr4 |= x86.CR4_PAE
         sregs.cr0 |= x86.CR0_PG
         sregs.efer |= x86.EFER_LME | x86.EFER_LMA
+    for name, value in registers:
+        setattr(regs, name, value)
     vcpu.set(sregs)
     vcpu.set(regs)

@@ -1,15 +1,15 @@
 """What a loader makes of a file: an `Image`, which says where bytes go and where execution starts.
 
 Every boot protocol (one file each, listed in `pyvmm.boot`) turns the contents of a file into an
-`Image`; whoever builds the machine checks it against the guest's memory with `check_fits`, copies
-the segments and sets the registers that `Mode` stands for. So loaders know nothing of memory or of
-KVM, and no input can make them allocate more than the file's own size: memory that starts as zeros
-(bss) is a number here.
+`Image`; whoever builds the machine lets the protocol add what depends on the guest's memory with
+`finish_image`, checks the result with `check_fits`, copies the segments and sets the registers that
+`Mode` stands for. So loaders know nothing of KVM, and no input can make them allocate more than the
+file's own size: memory that starts as zeros (bss) is a number here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -41,11 +41,15 @@ class ImageError(Exception):
 
 
 class Segment(NamedTuple):
-    """`size` bytes of guest memory from `gpa` on: `data` first, and zeros after it."""
+    """`size` bytes of guest memory from `gpa` on: `data` first, and zeros after it.
+
+    `what` is what error messages call it.
+    """
 
     gpa: int
     data: bytes | memoryview
     size: int
+    what: str = "segment"
 
     @property
     def end_gpa(self) -> int:
@@ -53,10 +57,31 @@ class Segment(NamedTuple):
         return self.gpa + self.size
 
 
+class Module(NamedTuple):
+    """A file that is put into memory for the guest: `--module 'FILE args'`.
+
+    `name` is the file as error messages show it, `string` what the user wrote, for the guest.
+    """
+
+    name: str
+    string: str
+    contents: bytes
+
+
+# The guest's memory as (gpa, bytes), in order and not overlapping.
+RamRanges = Sequence[tuple[int, int]]
+
+
 class Image(NamedTuple):
     """A guest to start: its `segments`, which do not overlap, and the gpa of its first instruction.
 
     `kind` is the boot protocol in words ("ELF64"), `name` the file as error messages show it.
+    `append` and `modules` are what the user wants the guest to get besides.
+
+    `expects_pc` is whether the protocol promises the machine that a PC's boot loader leaves behind:
+    with interrupt controllers and the tables that describe them, and with one processor running,
+    which starts the others. `registers` are general registers and what the first processor
+    finds in them, by their names in `kvm_regs`; `finish` is the protocol's part of `finish_image`.
     """
 
     name: str
@@ -64,6 +89,11 @@ class Image(NamedTuple):
     mode: Mode
     entry: int
     segments: tuple[Segment, ...]
+    append: str = ""
+    modules: tuple[Module, ...] = ()
+    expects_pc: bool = False
+    registers: tuple[tuple[str, int], ...] = ()
+    finish: Callable[[Image, RamRanges], Image] | None = None
 
 
 class LoadOptions(NamedTuple):
@@ -72,6 +102,15 @@ class LoadOptions(NamedTuple):
     mode: Mode | None = None
     load: int | None = None
     entry: int | None = None
+
+
+def finish_image(image: Image, ram_ranges: RamRanges) -> Image:
+    """The image with all that its boot protocol puts into a guest with this memory.
+
+    Modules and a description of the machine become segments. Most protocols have neither, and the
+    image comes back as it is. Raises ImageError when something has no room.
+    """
+    return image if image.finish is None else image.finish(image, ram_ranges)
 
 
 def real_mode_entry(entry_gpa: int) -> tuple[int, int]:
@@ -107,14 +146,13 @@ def check_entry(image: Image) -> None:
 
 def check_fits(
     image: Image,
-    ram_ranges: Sequence[tuple[int, int]],
+    ram_ranges: RamRanges,
     reserved: Sequence[tuple[int, int, str]],
 ) -> None:
     """Raise ImageError unless every segment lies in guest RAM and clear of what is reserved.
 
-    `ram_ranges` are the guest's memory as (gpa, bytes), in order and not overlapping. `reserved`
-    are (gpa, bytes, what) with `what` in words ("the boot page tables"): parts of RAM that pyvmm
-    fills itself, and holes in it, such as the MMIO hole.
+    `reserved` are (gpa, bytes, what) with `what` in words ("the boot page tables"): parts of RAM
+    that pyvmm fills itself, and holes in it, such as the MMIO hole.
     """
     for segment in image.segments:
         for gpa, size, what in reserved:
@@ -135,10 +173,10 @@ def check_fits(
 
 
 def _place(image: Image, segment: Segment) -> str:
-    return f"{image.name}: the segment at {segment.gpa:#x}..{segment.end_gpa:#x}"
+    return f"{image.name}: the {segment.what} at {segment.gpa:#x}..{segment.end_gpa:#x}"
 
 
-def _is_ram(start_gpa: int, end_gpa: int, ram_ranges: Sequence[tuple[int, int]]) -> bool:
+def _is_ram(start_gpa: int, end_gpa: int, ram_ranges: RamRanges) -> bool:
     """Whether every byte is RAM, which may be several ranges that touch."""
     for gpa, size in ram_ranges:
         if gpa <= start_gpa < gpa + size:
@@ -151,7 +189,7 @@ _LARGEST_ADVICE_BYTES = 1 << 40  # nobody is served by "it needs -m 175921860444
 
 def _advice(
     segment: Segment,
-    ram_ranges: Sequence[tuple[int, int]],
+    ram_ranges: RamRanges,
     reserved: Sequence[tuple[int, int, str]],
 ) -> str:
     """What to do about a segment outside RAM: how large -m must be, where that can help."""

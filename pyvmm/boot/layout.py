@@ -1,0 +1,73 @@
+"""Where a PC's memory holds what, for boot protocols and for the tables that kernels look for.
+
+The first megabyte of every PC, and so of a guest that expects one:
+
+    0x00400  the BIOS data area
+    0x9FC00  the extended BIOS data area (EBDA): the end of "base memory"
+    0xA0000  the screen
+    0xE0000  the firmware, and the tables that it leaves: see tables.py
+
+Below 640 KiB a guest also finds what entry.py and its boot protocol put there. Above 1 MiB there is
+nothing but RAM, up to the hole for devices below 4 GiB.
+
+Source: ACPI specification, "System Address Map Interfaces", for the map; the rest is PC tradition.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyvmm.boot.image import MIB, RamRanges
+
+BIOS_DATA_GPA, BIOS_DATA_BYTES = 0x400, 0x100
+EBDA_GPA, EBDA_BYTES = 0x9_FC00, 0x400
+FIRMWARE_GPA, FIRMWARE_BYTES = 0xE_0000, 0x2_0000
+IOAPIC_GPA, LOCAL_APIC_GPA = 0xFEC0_0000, 0xFEE0_0000
+
+# What an image must not overlap in a PC, as check_fits() takes it: GPA, bytes, name.
+RESERVED = [
+    (BIOS_DATA_GPA, BIOS_DATA_BYTES, "the BIOS data area"),
+    (EBDA_GPA, MIB - EBDA_GPA, "the screen and the firmware"),
+]
+
+# Kinds of memory, with the numbers that all boot protocols share.
+AVAILABLE, UNAVAILABLE = 1, 2
+
+
+class MemoryRange(NamedTuple):
+    """A line of the memory map: `size` bytes from `gpa` on, AVAILABLE or UNAVAILABLE."""
+
+    gpa: int
+    size: int
+    kind: int
+
+
+def memory_map(ram_ranges: RamRanges) -> list[MemoryRange]:
+    """What a PC's firmware would say about this RAM, which begins at 0 with at least 1 MiB.
+
+    As on every PC, no line speaks of the screen and of the hole for devices.
+    """
+    (_, low_bytes), *high = ram_ranges
+    ranges = [
+        MemoryRange(0, EBDA_GPA, AVAILABLE),
+        MemoryRange(EBDA_GPA, EBDA_BYTES, UNAVAILABLE),
+        MemoryRange(FIRMWARE_GPA, FIRMWARE_BYTES, UNAVAILABLE),
+        MemoryRange(MIB, low_bytes - MIB, AVAILABLE),
+        *(MemoryRange(gpa, size, AVAILABLE) for gpa, size in high),
+    ]
+    return [line for line in ranges if line.size]
+
+
+class Area:
+    """Bytes for guest memory from `gpa` on, laid out one piece after the other."""
+
+    def __init__(self, gpa: int) -> None:
+        self.gpa = gpa
+        self.data = bytearray()
+
+    def add(self, piece: bytes, alignment: int = 4) -> int:
+        """Append `piece` at the next multiple of `alignment`; the gpa that it gets."""
+        self.data += bytes(-(self.gpa + len(self.data)) % alignment)
+        gpa = self.gpa + len(self.data)
+        self.data += piece
+        return gpa

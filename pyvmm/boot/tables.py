@@ -1,0 +1,53 @@
+"""What a PC's firmware leaves in the first megabyte, for kernels that look for it.
+
+    0x00400  BIOS data area: where the EBDA is, and what is in the machine
+    0x9FC00  EBDA: its own size
+    0xE0000  ACPI tables, with the RSDP first
+    0xF0000  MP table, with its floating pointer first
+
+There is no firmware, so nothing else is there: no interrupt vectors, and no code to call.
+
+Source: for the BIOS data area, IBM Personal System/2 and Personal Computer BIOS Interface Technical
+Reference, "Data Areas and ROM Tables".
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.boot import acpi, mptable
+from pyvmm.boot.image import KIB
+from pyvmm.boot.layout import BIOS_DATA_GPA, EBDA_BYTES, EBDA_GPA, FIRMWARE_GPA
+from pyvmm.devices.serial import COM1_PORT
+from pyvmm.devices.vga import COLUMNS, CRTC, ROWS, VGA_PORT
+from pyvmm.memory import GuestMemory
+
+RSDP_GPA = FIRMWARE_GPA
+MP_POINTER_GPA = 0xF_0000
+
+HAS_FPU, TEXT_80_COLOR, ONE_SERIAL_PORT = 1 << 1, 2 << 4, 1 << 9  # bits of the equipment word
+
+# Offset, format, value. A kernel that looks for the MP table takes the first two addresses from
+# here, and some look for their ports here.
+_BIOS_DATA = (
+    (0x00, "<H", COM1_PORT),
+    (0x0E, "<H", EBDA_GPA >> 4),  # as a real-mode segment
+    (0x10, "<H", HAS_FPU | TEXT_80_COLOR | ONE_SERIAL_PORT),
+    (0x13, "<H", EBDA_GPA // KIB),  # base memory
+    (0x49, "<B", 3),  # video mode: text with 80 columns
+    (0x4A, "<H", COLUMNS),
+    (0x63, "<H", VGA_PORT + CRTC),
+    (0x84, "<B", ROWS - 1),
+)
+
+
+def write_tables(memory: GuestMemory, cpus: int) -> None:
+    """Write all of it for a machine with `cpus` processors, whose APIC ids are 0, 1 and so on.
+
+    Raises ValueError for more processors than the tables can name.
+    """
+    for offset, form, value in _BIOS_DATA:
+        memory.write(BIOS_DATA_GPA + offset, struct.pack(form, value))
+    memory.write(EBDA_GPA, bytes((EBDA_BYTES // KIB,)))
+    memory.write(RSDP_GPA, acpi.tables(RSDP_GPA, cpus))
+    memory.write(MP_POINTER_GPA, mptable.tables(MP_POINTER_GPA, cpus))
