@@ -17,7 +17,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 
 _ENTRY = struct.Struct("<QIIB7x")  # struct kvm_coalesced_mmio; our zones take single bytes
 _VALUE_OFFSET = kvm.kvm_coalesced_mmio.data.offset
@@ -33,7 +33,7 @@ class CoalescedPorts:
     """The reader of the ring: `sinks` maps a port to what takes the bytes written to it."""
 
     def __init__(
-        self, vm: kvm.VmHandle, map: mmap.mmap, sinks: dict[int, Callable[[bytes], None]]
+        self, vm: handles.VmHandle, map: mmap.mmap, sinks: dict[int, Callable[[bytes], None]]
     ) -> None:
         self._map, self._sinks = map, sinks
         self._lock = threading.Lock()  # one reader at a time: guards `first`

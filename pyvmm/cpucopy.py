@@ -5,7 +5,7 @@ Only for a vCPU whose registers may be touched: on its own thread, or parked.
 
 from __future__ import annotations
 
-from pyvmm import emulate, kvm
+from pyvmm import emulate, handles, kvm
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.vcpurecord import VcpuRecord
 
@@ -40,7 +40,7 @@ def complete_in_software(vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> boo
     return True
 
 
-def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
+def _unmask_nmi(handle: handles.VcpuHandle) -> None:
     events = handle.get(kvm.kvm_vcpu_events)
     if events.nmi.masked:
         events.nmi.masked = 0
@@ -48,7 +48,7 @@ def _unmask_nmi(handle: kvm.VcpuHandle) -> None:
         handle.set(events)
 
 
-def _set_shadow(handle: kvm.VcpuHandle, shadow: int) -> None:
+def _set_shadow(handle: handles.VcpuHandle, shadow: int) -> None:
     events = handle.get(kvm.kvm_vcpu_events)
     events.interrupt.shadow = shadow
     events.flags = kvm.KVM_VCPUEVENT_VALID_SHADOW

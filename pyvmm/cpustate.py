@@ -10,7 +10,8 @@ from enum import Enum
 from typing import Any
 
 from pyvmm import x86
-from pyvmm.kvm import VcpuHandle, kvm_debugregs, kvm_regs, kvm_sregs
+from pyvmm.handles import VcpuHandle
+from pyvmm.kvm import kvm_debugregs, kvm_regs, kvm_sregs
 
 
 class Register(Enum):

@@ -11,7 +11,7 @@ import errno
 import struct
 from collections.abc import Callable, Mapping
 
-from pyvmm import kvm, x86
+from pyvmm import handles, kvm, x86
 from pyvmm.kvm import kvm_regs, kvm_sregs, kvm_xsave
 from pyvmm.registers import Bank, Value, Values, abridge_tag_word, expand_tag_word
 
@@ -32,7 +32,7 @@ _X87_AT, _XMM_AT, _XSTATE_BV_AT, _YMM_AT = 32, 160, 512, 576
 _X87, _SSE, _AVX = 1, 2, 4  # bits of XSTATE_BV
 
 
-def read(vcpu: kvm.VcpuHandle, banks: Bank) -> dict[str, Value]:
+def read(vcpu: handles.VcpuHandle, banks: Bank) -> dict[str, Value]:
     """The registers of `banks` by name."""
     values: dict[str, Value] = {}
     if banks & Bank.GENERAL:
@@ -67,7 +67,7 @@ def _read_xsave(area: bytes) -> dict[str, Value]:
     return values
 
 
-def write(vcpu: kvm.VcpuHandle, updates: Mapping[str, Value]) -> None:
+def write(vcpu: handles.VcpuHandle, updates: Mapping[str, Value]) -> None:
     """Write some registers.  Raises OSError when KVM refuses a value; earlier ones are put back."""
     undo: list[Callable[[], None]] = []
     try:
@@ -93,7 +93,7 @@ def write(vcpu: kvm.VcpuHandle, updates: Mapping[str, Value]) -> None:
 _X87_WORDS = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
 
 
-def _write_general(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:
+def _write_general(vcpu: handles.VcpuHandle, updates: Values) -> Callable[[], None]:
     regs = vcpu.get(kvm_regs)
     before = kvm_regs.from_buffer_copy(regs)
     for name, value in updates.items():
@@ -102,7 +102,7 @@ def _write_general(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:
     return lambda: vcpu.set(before)
 
 
-def _write_system(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:
+def _write_system(vcpu: handles.VcpuHandle, updates: Values) -> Callable[[], None]:
     sregs = vcpu.get(kvm_sregs)
     before = kvm_sregs.from_buffer_copy(sregs)
     for name, value in updates.items():
@@ -144,13 +144,13 @@ def _check_taken_over(now: kvm_sregs, before: kvm_sregs, updates: Values) -> Non
                 )
 
 
-def _write_msr(vcpu: kvm.VcpuHandle, updates: Values) -> Callable[[], None]:
+def _write_msr(vcpu: handles.VcpuHandle, updates: Values) -> Callable[[], None]:
     before = vcpu.get_msrs([x86.MSR_KERNEL_GS_BASE])[0]
     vcpu.set_msrs({x86.MSR_KERNEL_GS_BASE: _int(updates["k_gs_base"])})
     return lambda: vcpu.set_msrs({x86.MSR_KERNEL_GS_BASE: before})
 
 
-def _write_xsave(vcpu: kvm.VcpuHandle, updates: Values) -> None:
+def _write_xsave(vcpu: handles.VcpuHandle, updates: Values) -> None:
     area = vcpu.get(kvm_xsave)
     data = bytearray(area)
     values = {**_read_xsave(bytes(data)), **updates}
@@ -187,7 +187,7 @@ def _bytes(value: Value) -> bytes:
     return value
 
 
-def has_avx(vcpu: kvm.VcpuHandle) -> bool:
+def has_avx(vcpu: handles.VcpuHandle) -> bool:
     """Whether XCR0 or the guest's CPUID lets AVX state exist: the area has room and is accepted."""
     cpuid = kvm.flexible(kvm.kvm_cpuid2, kvm.kvm_cpuid_entry2, 256)()
     cpuid.header.nent = 256

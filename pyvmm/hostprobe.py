@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 from pyvmm.lab import CODE, DATA, Lab, LabMode
 from pyvmm.vcpurecord import Injection
 from pyvmm.x86 import DR6_HITS, VECTOR_BP
@@ -255,7 +255,7 @@ class HostProbe:
             return lab.run() == kvm.KVM_EXIT_SHUTDOWN and lab.rip == CODE
 
     def _extension(self, capability: int) -> bool:
-        system = kvm.SystemHandle(self.device)
+        system = handles.SystemHandle(self.device)
         try:
             return system.check_extension(capability) > 0
         finally:

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pyvmm import cpuid, cpustate, emulate, exits, injection, kvm, x86
+from pyvmm import cpuid, cpustate, emulate, exits, handles, injection, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state
 from pyvmm.cpustate import Register
 from pyvmm.decode import decode
@@ -72,7 +72,7 @@ class VM:
         `cpus`: how many vCPUs CPUID tells the guest of.  `irqchip`: LAPICs, IOAPIC, PIC and PIT in
         the kernel; a vCPU other than 0 then waits for INIT and SIPI, and `hlt` waits in the kernel.
         """
-        system = kvm.SystemHandle(device)
+        system = handles.SystemHandle(device)
         try:
             self._vcpu_mmap_size = system.vcpu_mmap_size()
             self.max_vcpus = system.check_extension(kvm.KVM_CAP_MAX_VCPUS)
@@ -448,7 +448,7 @@ class VM:
             return 0xCC
         raise VmError(errno.ENOTSUP, "this host has no breakpoint instruction: use hbreak")
 
-    def handle_of(self, vcpu_id: int) -> kvm.VcpuHandle:
+    def handle_of(self, vcpu_id: int) -> handles.VcpuHandle:
         """The vCPU's handle, whatever it is doing: for what may be done with it at any time."""
         return self._record(vcpu_id).handle
 
@@ -459,7 +459,7 @@ class VM:
     @functools.cached_property
     def msr_indices(self) -> tuple[int, ...]:
         """The model-specific registers that KVM saves and restores on this host."""
-        system = kvm.SystemHandle(self._device)
+        system = handles.SystemHandle(self._device)
         try:
             return system.msr_indices()
         finally:
@@ -541,7 +541,7 @@ class VM:
         if register is Register.RIP:
             self._unhalt(vcpu)
 
-    def state(self, vcpu_id: int) -> kvm.VcpuHandle:
+    def state(self, vcpu_id: int) -> handles.VcpuHandle:
         """The vCPU's handle, for whole structures.  Raises VmError (EBUSY) while it is running."""
         return self._accessible(vcpu_id).handle
 

@@ -17,7 +17,7 @@ import threading
 from enum import Enum
 from types import TracebackType
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 from pyvmm.memory import GuestMemory
 from pyvmm.x86 import (
     CR0_ET,
@@ -62,7 +62,7 @@ class Lab:
     def __init__(self, mode: LabMode, code: bytes, device: str = "/dev/kvm") -> None:
         """Prepare to run `code`, which should end by itself (a `hlt` is appended)."""
         self.mode = mode
-        system = kvm.SystemHandle(device)
+        system = handles.SystemHandle(device)
         try:
             mmap_size = system.vcpu_mmap_size()
             cpuid = system.supported_cpuid()
@@ -70,7 +70,7 @@ class Lab:
         finally:
             system.close()
         self.memory = GuestMemory(self._vm)
-        self.vcpu: kvm.VcpuHandle | None = None
+        self.vcpu: handles.VcpuHandle | None = None
         try:
             self._vm.ioctl(kvm.KVM_SET_TSS_ADDR, 0xFFFBD000)  # Intel real mode without EPT
             self.memory.add_slot(0, RAM)
@@ -101,7 +101,7 @@ class Lab:
     # --- what the experimenter uses ---
 
     @property
-    def cpu(self) -> kvm.VcpuHandle:
+    def cpu(self) -> handles.VcpuHandle:
         """The vCPU's handle."""
         assert self.vcpu is not None
         return self.vcpu

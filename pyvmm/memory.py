@@ -16,7 +16,7 @@ import mmap
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 from pyvmm.errors import GuestMemoryError
 
 PAGE_SIZE = 4096
@@ -45,7 +45,7 @@ class GuestMemory:
     accepted by the kernel and kills the guest's next access, so there is no remove().
     """
 
-    def __init__(self, vm: kvm.VmHandle) -> None:
+    def __init__(self, vm: handles.VmHandle) -> None:
         self._vm = vm
         self.slots: list[MemorySlot] = []
 

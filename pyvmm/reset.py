@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
@@ -48,7 +48,9 @@ def power_on(vm: VM) -> None:
             vm.handle.set_interrupt_controllers(new.handle.get_interrupt_controllers())
 
 
-def _copy_msrs(source: kvm.VcpuHandle, target: kvm.VcpuHandle, indices: Iterable[int]) -> None:
+def _copy_msrs(
+    source: handles.VcpuHandle, target: handles.VcpuHandle, indices: Iterable[int]
+) -> None:
     for index in indices:
         if index not in (_MSR_TSC, _MSR_TSC_ADJUST):
             with suppress(kvm.KvmError):  # one that this vCPU does not have, or that is read-only

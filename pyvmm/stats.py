@@ -8,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import os
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 
 
 class Statistic:
     """One number of one VM or vCPU, to be read often."""
 
-    def __init__(self, handle: kvm.Handle, name: str) -> None:
+    def __init__(self, handle: handles.Handle, name: str) -> None:
         """Raises KvmError where the kernel has no statistics (before 5.14), KeyError for a name
         that it does not know."""
         self._fd = handle.stats_fd()
@@ -33,7 +33,7 @@ class Statistic:
         os.close(self._fd)
 
 
-def read(handle: kvm.Handle) -> dict[str, int]:
+def read(handle: handles.Handle) -> dict[str, int]:
     """The statistics of a VM or vCPU by name; histograms are left out.  Raises KvmError."""
     fd = handle.stats_fd()
     try:

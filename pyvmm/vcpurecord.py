@@ -11,7 +11,7 @@ import threading
 from enum import Enum
 from typing import NamedTuple
 
-from pyvmm import exits, kvm
+from pyvmm import exits, handles, kvm
 
 KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
 
@@ -67,7 +67,7 @@ class Guard:
 class VcpuRecord:
     """What the hypervisor layer knows of one vCPU."""
 
-    def __init__(self, vcpu_id: int, handle: kvm.VcpuHandle, lock: threading.Lock) -> None:
+    def __init__(self, vcpu_id: int, handle: handles.VcpuHandle, lock: threading.Lock) -> None:
         self.vcpu_id = vcpu_id
         self.handle = handle
         self.fd, self.enter = handle.fd, handle.enter

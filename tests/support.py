@@ -16,7 +16,7 @@ from types import TracebackType
 
 import pytest
 
-from pyvmm import exits, kvm
+from pyvmm import exits, handles, kvm
 from pyvmm.hostprobe import FINDINGS, host
 from pyvmm.hypervisor import VM
 from pyvmm.lab import CODE, PAGE_TABLES, RAM, STACK, Lab, LabMode
@@ -113,7 +113,7 @@ class Bench(Lab):
         self.mode = mode
         self.runners: dict[int, Runner] = {}
         self._signals = signal.pthread_sigmask(signal.SIG_BLOCK, set())
-        self.vcpu: kvm.VcpuHandle | None = None  # vCPU 0, for Lab's methods
+        self.vcpu: handles.VcpuHandle | None = None  # vCPU 0, for Lab's methods
         self._here = False  # enter() was called: vCPU 0 belongs to this thread
         self.vm = VM(cpus=cpus, irqchip=irqchip)
         try:

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 from pyvmm.coalesced import CoalescedPorts
 
 RING = kvm.KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
@@ -29,7 +29,7 @@ class Ring:
         self.zones.append((address, size, pio))
 
     def reader(self, sinks: dict[int, Callable[[bytes], None]]) -> CoalescedPorts:
-        return CoalescedPorts(cast(kvm.VmHandle, self), self.map, sinks)
+        return CoalescedPorts(cast(handles.VmHandle, self), self.map, sinks)
 
     @property
     def first(self) -> int:

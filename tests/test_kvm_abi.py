@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from pyvmm import kvm
+from pyvmm import handles, kvm
 
 GOLDEN = Path(__file__).parent / "abi" / "golden.json"
 
@@ -205,7 +205,7 @@ def test_every_struct_refuses_a_misspelt_field() -> None:
 
 
 def test_each_ioctl_number_encodes_the_size_of_its_struct() -> None:
-    for kind, requests in kvm.VCPU_STATE.items():
+    for kind, requests in handles.VCPU_STATE.items():
         for request in requests:
             assert request >> 16 & 0x3FFF == ctypes.sizeof(kind), kvm.IOCTL_NAMES[request]
 
@@ -243,7 +243,7 @@ def test_a_flexible_array_follows_its_header_without_a_gap() -> None:
 
 @pytest.mark.kvm
 def test_the_map_of_a_vcpu_holds_kvm_run_and_the_coalesced_ring() -> None:
-    system = kvm.SystemHandle()
+    system = handles.SystemHandle()
     try:
         size = system.vcpu_mmap_size()
     finally:
@@ -254,7 +254,7 @@ def test_the_map_of_a_vcpu_holds_kvm_run_and_the_coalesced_ring() -> None:
 
 @pytest.mark.kvm
 def test_a_handle_is_closed_once() -> None:
-    system = kvm.SystemHandle()
+    system = handles.SystemHandle()
     vm = system.create_vm()
     vcpu = vm.create_vcpu(0, system.vcpu_mmap_size())
     for handle in (vcpu, vm, system) * 2:
@@ -264,7 +264,7 @@ def test_a_handle_is_closed_once() -> None:
 
 @pytest.mark.kvm
 def test_state_that_is_written_reads_back() -> None:
-    system = kvm.SystemHandle()
+    system = handles.SystemHandle()
     vm = system.create_vm()
     vcpu = vm.create_vcpu(0, system.vcpu_mmap_size())
     try:

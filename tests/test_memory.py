@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from pyvmm import kvm, paging
+from pyvmm import handles, kvm, paging
 from pyvmm.errors import GuestMemoryError
 from pyvmm.memory import GuestMemory, VirtualMemory
 
@@ -28,7 +28,7 @@ class AnyVm:
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     """16 pages at 0, and 4 at 1 MiB."""
-    memory = GuestMemory(cast(kvm.VmHandle, AnyVm()))
+    memory = GuestMemory(cast(handles.VmHandle, AnyVm()))
     memory.add_slot(0, 16 * PAGE)
     memory.add_slot(0x100000, 4 * PAGE)
     yield memory
@@ -118,7 +118,7 @@ def test_ranges_are_what_the_guest_may_write_in_order_of_address(memory: GuestMe
 
 def test_kvm_is_told_of_each_slot_and_of_read_only_ones() -> None:
     vm = AnyVm()
-    memory = GuestMemory(cast(kvm.VmHandle, vm))
+    memory = GuestMemory(cast(handles.VmHandle, vm))
     memory.add_slot(0, PAGE)
     memory.add_slot(0x10000, 2 * PAGE, readonly=True)
     memory.close()
@@ -134,7 +134,7 @@ def test_a_slot_that_kvm_refuses_leaves_nothing_behind() -> None:
         def set_memory_slot(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
             raise kvm.KvmError(22, "KVM_SET_USER_MEMORY_REGION: Invalid argument")
 
-    memory = GuestMemory(cast(kvm.VmHandle, NoVm()))
+    memory = GuestMemory(cast(handles.VmHandle, NoVm()))
     with pytest.raises(kvm.KvmError):
         memory.add_slot(0, PAGE)
     assert memory.slots == []
@@ -209,7 +209,7 @@ def test_random_reads_and_writes_agree_with_a_bytearray(memory: GuestMemory) -> 
 
 @pytest.mark.kvm
 def test_the_kernel_refuses_nothing_that_add_slot_allows() -> None:
-    system = kvm.SystemHandle()
+    system = handles.SystemHandle()
     vm = system.create_vm()
     memory = GuestMemory(vm)
     try:

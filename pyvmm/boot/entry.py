@@ -17,7 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from pyvmm import kvm, x86
+from pyvmm import handles, kvm, x86
 from pyvmm.boot.image import Mode, real_mode_entry
 from pyvmm.memory import GuestMemory
 
@@ -71,7 +71,7 @@ def write_boot_structures(memory: GuestMemory, mode: Mode) -> None:
 
 
 def set_entry_state(
-    vcpu: kvm.VcpuHandle,
+    vcpu: handles.VcpuHandle,
     vcpu_id: int,
     mode: Mode,
     entry: int,
