@@ -4,8 +4,7 @@ The processor walks the guest's page tables by itself; a debugger has to do it a
 handed guest virtual addresses and can read only guest physical memory. This module is that walk, as
 pure functions: the page tables come from a callback `read_physical(gpa, length) -> bytes`, which
 raises `GuestMemoryError` where there is no RAM, and the rest comes from the control registers.
-Nothing here knows of KVM. `identity_map_4gib` goes the other way: it builds the page tables with
-which a long-mode guest starts.
+Nothing here knows of KVM.
 
 Source: Intel SDM vol. 3A, chapter "Paging". Each level of each mode is one row in `_layout`; the
 walk itself is one loop that knows no mode.
@@ -514,25 +513,3 @@ def _present_entries(
             maps_page = level.maps_page(entry)
             if not entry & (level.page_reserved if maps_page else level.table_reserved):
                 yield index, entry, maps_page
-
-
-def identity_map_4gib(base_gpa: int, *, user: bool = False) -> bytes:
-    """Page tables that map the first 4 GiB of gvas to the same gpas: how a long-mode guest starts.
-
-    Six pages, 24 KiB in a row, to be written to `base_gpa` and CR3 to be set to it: the PML4, the
-    PDPT and four page directories of 512 pages of 2 MiB each. Everything is writable and, with
-    `user`, open to user mode. Valid for 4-level paging; no bit needs EFER.NXE.
-
-    Raises ValueError when `base_gpa` is not a multiple of 4096 below 2**52.
-    """
-    if base_gpa % _PAGE_BYTES or not 0 <= base_gpa < 1 << 52:
-        raise ValueError(f"page tables cannot lie at {base_gpa:#x}: not the gpa of a page")
-    flags = ENTRY_P | ENTRY_RW | (ENTRY_US if user else 0)
-    pdpt_gpa = base_gpa + _PAGE_BYTES
-    directory_gpas = range(base_gpa + 2 * _PAGE_BYTES, base_gpa + 6 * _PAGE_BYTES, _PAGE_BYTES)
-
-    pml4 = struct.pack("<Q", pdpt_gpa | flags)
-    pdpt = struct.pack("<4Q", *(gpa | flags for gpa in directory_gpas))
-    pages = range(0, 1 << 32, 1 << 21)
-    directories = struct.pack(f"<{len(pages)}Q", *(gpa | flags | ENTRY_PS for gpa in pages))
-    return pml4.ljust(_PAGE_BYTES, b"\0") + pdpt.ljust(_PAGE_BYTES, b"\0") + directories

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from pyvmm.boot.entry import identity_map
 from pyvmm.errors import GuestMemoryError
 from pyvmm.paging import (
     Fault,
@@ -17,7 +18,6 @@ from pyvmm.paging import (
     Permissions,
     TranslationFault,
     Walk,
-    identity_map_4gib,
     mappings,
     paging_mode,
     translate,
@@ -611,13 +611,12 @@ def test_random_page_tables_never_crash_and_all_functions_agree(mode, seed):
             assert (gva + left) % result.page_bytes == 0
 
 
-# --- identity_map_4gib -----------------------------------------------------------------------
+# --- the page tables with which a guest starts -------------------------------------------------
 
 
-@pytest.mark.parametrize(("user", "text"), [(False, "rwx-"), (True, "rwxu")])
 @pytest.mark.parametrize("base_gpa", [0x1000, 0xA000, 0xFFFF_F000_0000])
-def test_identity_map_maps_the_first_4_gib_and_nothing_else(base_gpa, user, text):
-    tables = identity_map_4gib(base_gpa, user=user)
+def test_identity_map_maps_the_first_4_gib_and_nothing_else(base_gpa):
+    tables = identity_map(base_gpa)
     assert len(tables) == 6 * 4096
 
     def read(gpa: int, length: int) -> bytes:
@@ -629,22 +628,16 @@ def test_identity_map_maps_the_first_4_gib_and_nothing_else(base_gpa, user, text
     (mapping,) = mappings(read, regs).ranges
     assert (mapping.gva, mapping.gpa, mapping.length) == (0, 0, 1 << 32)
     assert mapping.page_bytes == 0x20_0000
-    assert str(mapping.permissions) == text
+    assert str(mapping.permissions) == "rwx-"
     assert translate(read, regs, 0xFFFF_FFFF) == (0xFFFF_FFFF, 1)
     with pytest.raises(TranslationFault):
         translate(read, regs, 1 << 32)
 
 
 def test_identity_map_is_linked_by_physical_addresses():
-    tables = identity_map_4gib(0x5000)
+    tables = identity_map(0x5000)
     entries = struct.unpack("<3072Q", tables)
     assert entries[0] == 0x6003
     assert entries[512:517] == (0x7003, 0x8003, 0x9003, 0xA003, 0)
     assert entries[1024:1026] == (0x83, 0x20_0083)
     assert entries[-1] == 0xFFE0_0083
-
-
-@pytest.mark.parametrize("base_gpa", [1, 0x1800, -0x1000, 1 << 52])
-def test_identity_map_refuses_what_is_not_the_address_of_a_page(base_gpa):
-    with pytest.raises(ValueError, match="not the gpa of a page"):
-        identity_map_4gib(base_gpa)
