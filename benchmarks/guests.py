@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-MARK_PORT = 0x510
+MARK_PORT = 0x5E0
 IO_PORT = 0x500  # a port with a device behind it, which nobody coalesces
 MMIO_GPA = 0xD000_0000  # no RAM is there
 
