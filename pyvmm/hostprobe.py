@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from pyvmm import handles, kvm
 from pyvmm.lab import CODE, DATA, Lab, LabMode
 from pyvmm.vcpurecord import Injection
-from pyvmm.x86 import DR6_HITS, VECTOR_BP
+from pyvmm.x86 import CR0_PG, DR6_HITS, VECTOR_BP
 
 _ENABLE, _STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_SINGLESTEP
 _SW_BP, _HW_BP = kvm.KVM_GUESTDBG_USE_SW_BP, kvm.KVM_GUESTDBG_USE_HW_BP
@@ -246,6 +246,18 @@ class HostProbe:
             return lab.run() == kvm.KVM_EXIT_INTERNAL_ERROR and lab.rip == CODE
 
     @experiment
+    def paging32(self) -> bool:
+        """Paging can be switched on in 32-bit mode."""
+        large_pages_on = bytes.fromhex("b8 00b00000 0f22d8 0f20e0 83c810 0f22e0")  # cr3, CR4.PSE
+        paging_on = bytes.fromhex("0f20c0 0d00000080 0f22c0")  # CR0.PG
+        with self._lab(LabMode.PROTECTED, large_pages_on + paging_on) as lab:
+            present_writable_large = 0x83  # 4 MiB, mapped one to one
+            lab.write(DATA, present_writable_large.to_bytes(4, "little"))
+            end = lab.rip + len(large_pages_on + paging_on) + 1
+            reached = lab.run() == kvm.KVM_EXIT_HLT and lab.rip == end
+            return reached and bool(lab.cpu.get(kvm.kvm_sregs).cr0 & CR0_PG)
+
+    @experiment
     def crash_registers(self) -> bool:
         """After a triple fault the registers are those of the guest (AMD's KVM resets them)."""
         with self._lab(LabMode.LONG, b"\x0f\x0b") as lab:
@@ -309,6 +321,11 @@ FINDINGS = (
         "iret32", "iret in 32-bit mode", lambda h: h.iret32 or h.iret32_leaves,
         "32-bit kernels can take interrupts",
         "32-bit kernels that take interrupts fail",
+    ),
+    Finding(
+        "paging32", "paging in 32-bit mode", lambda h: h.paging32,
+        "32-bit kernels can have page tables",
+        "32-bit kernels get #GP when they switch paging on; 64-bit ones are not affected",
     ),
     Finding(
         "breakpoint", "software breakpoints, CPL 0", lambda h: h.breakpoint,

@@ -210,12 +210,9 @@ class Machine:
             stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
             if stop is not None:
                 self.vm.suspend_cpu(ALL)
-                late = self.vm.wait_parked(self.threads, _PATIENCE_SECONDS)
-                if late:
-                    self._hurry()
-                    late = self.vm.wait_parked(self.threads, _JOIN_SECONDS)
-                if late:
-                    raise _did_not_stop([self.threads[n].name for n in sorted(late)])
+                self._wait_out()
+                if self._reset_wanted:  # by the last thing that a vCPU did
+                    self._reset()
                 self.drain_output()
                 if self._stop is None:
                     return stop
@@ -223,6 +220,15 @@ class Machine:
         self.drain_output()
         assert self._stop is not None
         return self._stop
+
+    def _wait_out(self) -> None:
+        """Wait until the vCPUs that are suspended, or held, are."""
+        late = self.vm.wait_out(_PATIENCE_SECONDS)
+        if late:
+            self._hurry()
+            late = self.vm.wait_out(_JOIN_SECONDS)
+        if late:
+            raise _did_not_stop([self.threads[n].name for n in sorted(late)])
 
     def _handlers_now(self, limiter: ExitLimiter | None) -> dict[type, vcpu.Handler]:
         return self.handlers if limiter is None else limiter.wrap(self.handlers)
@@ -325,7 +331,7 @@ class Machine:
         """
         if not self._reboot:
             raise vcpu.StopVm(Stop(StopReason.RESET, "the guest asked for a reset"))
-        self.vm.hold()
+        self.vm.hold("reset")
         self._reset_wanted = True
         self.wake()
 
@@ -334,14 +340,11 @@ class Machine:
         self._on_reset.append(callback)
 
     def _reset(self) -> None:
-        late = self.vm.wait_held(_PATIENCE_SECONDS)
-        if late:
-            self._hurry()
-            late = self.vm.wait_held(_JOIN_SECONDS)
-        if late:
-            raise _did_not_stop([self.threads[n].name for n in sorted(late)])
+        self.vm.hold("reset")  # once more: the last reset may have just released it
+        self._wait_out()
         if self._stop is not None:
             return
+        self._reset_wanted = False  # all who could ask for this one are out
         self.drain_output()
         self.vm.memory.clear()
         self.vm.reset()
@@ -349,8 +352,7 @@ class Machine:
         self._load()
         for callback in self._on_reset:
             callback()
-        self._reset_wanted = False
-        self.vm.release()
+        self.vm.release("reset")
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -399,9 +401,11 @@ class Machine:
 
         cpu = self.vm.cpu(vcpu_id)
         lost = isinstance(exit, exits.Shutdown) and not self.vm.host.crash_registers
+        limit = None if lost else report.host_limit(cpu, self.vm.host)
         lines = (
             report.explain(exit, cpu),
             *([report.RESET_BY_HOST] if lost else []),
+            *([limit] if limit else []),
             report.registers(cpu.regs, cpu.sregs),
             report.code_bytes(cpu),
         )

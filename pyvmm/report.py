@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pyvmm import emulate, exits, x86
 from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
+
+if TYPE_CHECKING:
+    from pyvmm.hostprobe import HostProbe
 
 _GENERAL = (
     ("rax", "rbx", "rcx", "rdx"),
@@ -78,6 +83,14 @@ def code_bytes(cpu: emulate.Cpu) -> str:
     """The bytes at RIP, one line."""
     code = cpu.fetch(_BYTES_SHOWN)
     return f"bytes at rip: {code.hex(' ') or 'not readable (nothing is mapped there)'}"
+
+
+def host_limit(cpu: emulate.Cpu, host: HostProbe) -> str | None:
+    """What this host cannot do, if that is what the guest tried when it crashed."""
+    switches_paging_on = cpu.fetch(3)[:2] == b"\x0f\x22" and not cpu.sregs.cr0 & x86.CR0_PG
+    if switches_paging_on and cpu.mode is x86.CpuMode.PROTECTED32 and not host.paging32:
+        return "This host's KVM has no paging in 32-bit mode: see `pyvmm --probe`, paging32."
+    return None
 
 
 def explain(exit: exits.Exit, cpu: emulate.Cpu) -> str:

@@ -11,13 +11,14 @@ import threading
 
 import pytest
 
-from pyvmm import hostprobe, kvm
+from pyvmm import Machine, StopReason, hostprobe, kvm
+from pyvmm.boot import Image, Mode, Segment
 from pyvmm.hostprobe import FINDINGS, HostProbe, host
 from pyvmm.lab import Lab, LabMode
 from pyvmm.vcpurecord import Injection
 from pyvmm.x86 import VECTOR_BP
 from tests.conftest import REPOSITORY
-from tests.support import requires
+from tests.support import PATIENCE, requires
 
 pytestmark = pytest.mark.kvm
 
@@ -167,12 +168,24 @@ def test_findings_are_those_of_a_known_kind_of_host() -> None:
     if not found.own_int3_native:
         assert not (found.breakpoint_user or found.step_user or found.hardware_breakpoint_user)
         assert not found.iret32
+        assert not found.paging32
         assert not found.breakpoint_real
         assert found.step and found.step_real and found.hardware_breakpoint
         assert not found.watchpoint
     if found.injection is Injection.EXIT_LENGTH:
         assert found.breakpoint_user and found.iret32 and found.step
         assert found.hardware_breakpoint and found.watchpoint
+
+
+def test_a_crash_names_what_the_host_cannot_do() -> None:
+    page_directory_then_paging = bytes.fromhex("b800b00000 0f22d8 0f20c0 0d00000080 0f22c0")
+    code = page_directory_then_paging + b"\x0f\x0b"  # ud2, for hosts that can
+    image = Image("paging", "flat", Mode.PROTECTED, 0x100000, (Segment(0x100000, code, len(code)),))
+    with Machine(image) as machine:
+        stop = machine.run(timeout=PATIENCE)
+    assert stop.reason is StopReason.CRASHED
+    named = "no paging in 32-bit mode: see `pyvmm --probe`, paging32" in stop.report
+    assert named == (host().crash_registers and not host().paging32)
 
 
 def test_repeating_an_experiment_finds_the_same() -> None:

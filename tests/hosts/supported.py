@@ -49,6 +49,7 @@ ROWS: dict[str, Callable[[Findings], str]] = {
     "`hbreak` at CPL 3": _plain("hw-breakpoint-user"),
     "`watch`": _plain("watchpoint"),
     "interrupts in 32-bit kernels": _plain("iret32"),
+    "page tables in 32-bit kernels": _plain("paging32"),
 }
 
 
