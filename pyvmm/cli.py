@@ -332,26 +332,17 @@ def _live_screen(machine: Machine) -> LiveScreen:
 
 def _debug_server(machine: Machine, arguments: argparse.Namespace) -> DebugServer:
     from pyvmm.debug import DebugServer
+    from pyvmm.symbols import find_elf
 
     server = DebugServer(
         machine,
         arguments.gdb,
         wait=not arguments.gdb_nowait,
-        symbols=_symbols(arguments.image),
+        symbols=find_elf(arguments.image),
         catch_int3=arguments.gdb_catch_int3,
     )
     print(f"gdb: listening on {server.address}", file=sys.stderr, flush=True)
     return server
-
-
-def _symbols(image: str) -> str | None:
-    """The ELF file with the image's symbols: itself, or the .elf beside a .bin."""
-    path = os.path.realpath(image)
-    with open(path, "rb") as file:
-        if file.read(4) == b"\x7fELF":
-            return path
-    beside = os.path.splitext(path)[0] + ".elf"
-    return beside if os.path.isfile(beside) else None
 
 
 def _trace(machine: Machine) -> Tracer:

@@ -420,6 +420,9 @@ class Machine:
         for vcpu_id in sorted(self.threads):
             cpu = self.vm.cpu(vcpu_id)
             state = self.vm.run_state(vcpu_id)
+            if not self.vm.started(vcpu_id):
+                parts.append(f"vCPU {vcpu_id}, {state}")
+                continue
             parts.append(f"vCPU {vcpu_id}, {state}:\n{report.registers(cpu.regs, cpu.sregs)}")
             parts.append(report.code_bytes(cpu))
         return "\n".join(parts)

@@ -21,7 +21,7 @@ LAYERS = (
     {"vcpu"},
     {"machine"},
     {"debug"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 )
 
@@ -34,6 +34,7 @@ LAZY = {
     ("machine", "idle"),
     ("machine", "screen"),
     ("cli", "screen"),
+    ("cli", "symbols"),
     ("machine", "report"),
     ("cli", "probereport"),
     ("cli", "trace"),
@@ -180,7 +181,17 @@ def test_nothing_from_outside_the_standard_library_is_imported() -> None:
         for name in imports(module, lazy=False) | imports(module, lazy=True)
         if name.partition(".")[0] not in {*sys.stdlib_module_names, "pyvmm"}
     }
-    assert outside == set()
+    assert outside == {"pytest"}
+    assert users_of("pytest") == {"testing"}
+
+
+def test_nobody_inside_imports_what_is_for_the_tests_of_kernels() -> None:
+    users = {
+        module
+        for module in SOURCES
+        if "testing" in ours(imports(module, lazy=False) | imports(module, lazy=True))
+    }
+    assert users == set()
 
 
 def test_signal_handlers_are_installed_only_by_the_command_line() -> None:
