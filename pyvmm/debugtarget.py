@@ -18,6 +18,7 @@ from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.memory import VirtualMemory
 from pyvmm.registers import Architecture, Bank, Value, architecture_for
 from pyvmm.runcontrol import RunControl
+from pyvmm.symbols import Symbols, where
 from pyvmm.target import (
     Action,
     ActionKind,
@@ -74,6 +75,8 @@ class MachineTarget:
         # By vcpu_id, and good until something changes: see _forget().
         self._views: dict[int, VirtualMemory] = {}
         self._registers: dict[int, tuple[Bank, dict[str, Value]]] = {}
+        machine.on_reset(self._forget)
+        self._names: Symbols | None = None
         self.last_error = ""  # why the last packet was refused, for `monitor`
 
     # --- what it is ---
@@ -120,6 +123,23 @@ class MachineTarget:
             return ExecFile(path, os.stat(path).st_size, pread)
         except OSError:  # removed since
             return None
+
+    def load_symbols(self, path: str) -> None:
+        """Take the names of functions from an ELF file or a System.map.  Raises TargetError."""
+        try:
+            is_elf = _elf_bits(path) is not None
+            self._names = Symbols.from_elf(path) if is_elf else Symbols.from_map(path)
+        except ValueError as error:
+            raise TargetError(errno.EINVAL, str(error)) from None
+        except OSError as error:
+            raise TargetError(error.errno or errno.EIO, f"{path}: {error.strerror}") from None
+
+    def where(self, vcpu_id: int) -> str:
+        """Where a vCPU is, by the names of functions if there are any."""
+        if self._names is None and self._symbols is not None:
+            self.load_symbols(self._symbols)
+        symbols = self._names or Symbols(())
+        return where(self.vm.cpu(vcpu_id), self.vm.run_state(vcpu_id), symbols)
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """Where there can ever be memory: RAM, and nothing else, at any virtual address."""

@@ -57,6 +57,15 @@ class Symbols:
             except ValueError as error:
                 raise ValueError(f"{os.fspath(path)}: {error}") from None
 
+    @classmethod
+    def from_map(cls, path: str | os.PathLike[str]) -> Symbols:
+        """The symbols in a System.map, or what nm prints: "address type name" lines.
+
+        Raises OSError, and ValueError with a message of one line for anything else.
+        """
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return cls(_places_in_map(os.fspath(path), file))
+
     def name(self, gva: int) -> str | None:
         """`function` or `function+0x12`; None outside of all code that has names."""
         index = bisect_right(self._gvas, gva) - 1
@@ -108,6 +117,21 @@ _CLASSES = {
         Struct("<40x Q 10x HH 2x"), Struct("<4x IQQQQI 20x"), Struct("<IBxH 16x"), Struct("<8xQ8x")
     ),
 }
+
+
+_CODE_TYPES, _NO_TYPES = "tTwW", "U?"  # nm(1): text and weak; undefined
+
+
+def _places_in_map(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Names of code, and "" where something else begins."""
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        try:
+            gva, kind, name = int(words[0], 16), words[1], words[2]
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}:{number}: not a line of a System.map") from None
+        if kind not in _NO_TYPES:
+            yield gva, name[:MAX_NAME] if kind in _CODE_TYPES else ""
 
 
 class _Section(NamedTuple):

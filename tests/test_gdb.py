@@ -386,7 +386,7 @@ def test_software_watchpoints_work_everywhere(gdb: Gdb, cloops: Serving) -> None
 
 
 def test_each_vcpu_is_a_thread_with_its_state(tmp_path: Path) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "3") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "3", "--irqchip", "off") as guest:
         text = gdb_batch(guest, "info threads", "thread apply all backtrace", "thread 2",
                          "print $_thread")  # fmt: skip
     assert re.search(r'\* 1 +Thread 1\.1 "vCPU 0" \(\w+, CPL 0, 64-bit mode\) _start', text), text
@@ -396,7 +396,7 @@ def test_each_vcpu_is_a_thread_with_its_state(tmp_path: Path) -> None:
 
 
 def test_threads_have_registers_of_their_own(tmp_path: Path, gdb: Gdb) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "2") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "2", "--irqchip", "off") as guest:
         gdb.connect(guest)
         gdb.execute("thread apply all -q -s set $rbx = 0x1000 + $_thread")
         gdb.execute("set scheduler-locking off")
@@ -407,7 +407,7 @@ def test_threads_have_registers_of_their_own(tmp_path: Path, gdb: Gdb) -> None:
 
 
 def test_scheduler_locking_on_runs_one_thread_only(tmp_path: Path, gdb: Gdb) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "2") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "2", "--irqchip", "off") as guest:
         gdb.connect(guest)
         gdb.execute("thread 2")
         gdb.execute("set scheduler-locking on")
@@ -421,7 +421,7 @@ def test_scheduler_locking_on_runs_one_thread_only(tmp_path: Path, gdb: Gdb) -> 
 
 
 def test_scheduler_locking_step_parks_the_others_in_a_step(tmp_path: Path, gdb: Gdb) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "2") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "2", "--irqchip", "off") as guest:
         gdb.connect(guest)
         gdb.execute("set scheduler-locking step")
         for _ in range(6):
@@ -430,7 +430,7 @@ def test_scheduler_locking_step_parks_the_others_in_a_step(tmp_path: Path, gdb: 
 
 
 def test_a_breakpoint_stops_whichever_vcpu_comes_there(tmp_path: Path, gdb: Gdb) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "4") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "4", "--irqchip", "off") as guest:
         gdb.connect(guest)
         gdb.execute("break *_start thread 3")
         assert gdb.resume("-exec-continue")["thread-id"] == "3"
@@ -1096,6 +1096,10 @@ MONITOR = (
     ("memory", r"0x3f8"),
     ("vcpus", r"vCPU 0: rip 0x100000, \w+, CPL 0, 64-bit mode"),
     ("probe", r"watchpoint +watchpoints, CPL 0 +(yes|NO)"),
+    ("where", r"vCPU 0: at _start"),
+    ("symbols", r"name one file, as System.map"),
+    ("symbols /no/such/file", r"/no/such/file: No such file"),
+    ("screen", r"the screen is blank"),
     ("catch-int3", r"the guest's own int3 goes to the guest"),
     ("reset-breakpoints", r"0 breakpoints removed"),
     ("error", r"no packet was refused"),
@@ -1119,6 +1123,8 @@ MONITOR = (
     ("catch-int3 maybe", r"catch-int3: on or off"),
     ("inject-nmi 5", r"there is no vCPU 5"),
     ("reset-breakpoints 1", r"reset-breakpoints takes no argument"),
+    ("screen 1", r"screen takes no argument"),
+    ("where 1", r"where takes no argument"),
     ("error 1", r"error takes no argument"),
     ("quit now", r"quit takes no argument"),
 )
@@ -1149,7 +1155,7 @@ def test_monitor_quit_ends_the_vm(counter: Serving) -> None:
 
 
 def test_monitor_is_of_the_thread_that_is_selected(tmp_path: Path, gdb: Gdb) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "2") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "2", "--irqchip", "off") as guest:
         gdb.connect(guest)
         gdb.execute("thread 2")
         gdb.resume("stepi")

@@ -140,7 +140,7 @@ def test_disassembly_shows_no_breakpoint(cloops: Serving) -> None:
 
 
 def test_threads(tmp_path: Path) -> None:
-    with serving(tmp_path, "counter.bin", "-c", "3") as guest:
+    with serving(tmp_path, "counter.bin", "-c", "3", "--irqchip", "off") as guest:
         text = lldb(guest, "thread list", "thread select 2", "stepi", "register read rip",
                     "thread backtrace all", "thread select 3", "register read rip",
                     symbols="counter.elf")  # fmt: skip
