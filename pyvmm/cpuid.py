@@ -3,17 +3,31 @@
 One socket, as many cores as there are vCPUs, one thread a core; the APIC id is the vcpu_id.
 Source: Intel SDM vol. 2A, "CPUID" (leaves 1, 4, 0xB, 0x1F) and vol. 3A, "Detecting Hardware
 Multi-Threading Support and Topology"; AMD APM vol. 3, "Obtaining Processor Information Via the
-CPUID Instruction" (leaves 0x80000001, 0x80000008, 0x8000001E).
+CPUID Instruction" (leaves 0x80000001, 0x80000008, 0x8000001D, 0x8000001E).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from pyvmm import kvm
+
 _LEVEL_THREAD, _LEVEL_CORE = 1 << 8, 2 << 8  # leaf 0xB, ECX: the level's type
 _HTT = 1 << 28  # leaf 1, EDX: more than one logical processor in the package
 _TSC_DEADLINE = 1 << 24  # leaf 1, ECX: a mode of the LAPIC timer
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001, ECX: the same on AMD, as cores
+
+
+def add_core_level(cpuid: Any) -> None:
+    """Add to `cpuid`, KVM's supported entries, the level of cores: KVM lists the first level only,
+    of threads, and a guest takes that for a processor that tells nothing of its topology."""
+    listed = {(entry.function, entry.index) for entry in cpuid.entries[: cpuid.header.nent]}
+    for leaf in (0xB, 0x1F):
+        if (leaf, 0) in listed and (leaf, 1) not in listed:
+            cpuid.entries[cpuid.header.nent] = kvm.kvm_cpuid_entry2(
+                leaf, 1, kvm.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            )
+            cpuid.header.nent += 1
 
 
 def describe(cpuid: Any, vcpu_id: int, cpus: int, *, irqchip: bool) -> None:
@@ -28,10 +42,10 @@ def describe(cpuid: Any, vcpu_id: int, cpus: int, *, irqchip: bool) -> None:
             entry.ebx = entry.ebx & 0x0000FFFF | min(cpus, 255) << 16 | (vcpu_id & 0xFF) << 24
             entry.ecx = entry.ecx & ~_TSC_DEADLINE | _TSC_DEADLINE * irqchip
             entry.edx = entry.edx & ~_HTT | _HTT * (cpus > 1)
-        elif entry.function == 4 and entry.eax & 0x1F:  # a cache
+        elif entry.function in (4, 0x8000001D) and entry.eax & 0x1F:  # a cache
             last_level = (entry.eax >> 5 & 7) >= 3
             sharing = (1 << id_bits) - 1 if last_level else 0
-            cores = min((1 << id_bits) - 1, 63)
+            cores = min((1 << id_bits) - 1, 63) if entry.function == 4 else 0
             entry.eax = entry.eax & 0x3FFF | min(sharing, 0xFFF) << 14 | cores << 26
         elif entry.function in (0xB, 0x1F):
             entry.eax, entry.ebx, entry.ecx = _level(entry.index, id_bits, cpus)

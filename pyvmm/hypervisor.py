@@ -2,26 +2,8 @@
 
     vm.run(vcpu_id) -> a typed exit (exits.py)
 
-A vCPU executes guest instructions only when it is *active* (it has a thread), *started* (not
-waiting for its start-up IPI; the kernel keeps that state) and not *debugged*.  These are three
-separate things.  vm.suspend_cpu() puts a vCPU into the debugged set and vm.resume_cpu() takes it
-out; while it is in there, vm.run() returns a Debug exit at once, and the vCPU's thread sleeps in
-vm.sleep() until it is resumed.  It is then *parked*, and its registers may be touched from other
-threads.
-
-                     suspend_cpu                    vm.run() returns Debug, vm.sleep()
-        running ---------------------> debugged ---------------------------------------> parked
-           ^                              | resume_cpu                                      |
-           +------------------------------+-------------------------- resume_cpu ----------+
-
-Kicks.  A vCPU inside KVM_RUN is brought out by KICK_SIGNAL.  Its thread keeps that signal blocked
-and only KVM_RUN unblocks it (KVM_SET_SIGNAL_MASK).  So a kick that arrives at any other moment
-stays pending and interrupts the next KVM_RUN at once: it cannot be lost, and no handler is needed.
-
-Locking.  VM._lock guards the fields of VcpuRecord that say so.  It is held for a few instructions
-only, never while in KVM_RUN, and nothing is called back with it held.  `attention` is what the hot
-path reads without the lock: whoever changes a fact that vm.run() must look at sets it *before* the
-kick.
+Who may run, and how a vCPU is brought out of the guest, is in debuggedset.py; here is what a vCPU
+does when it may: the checks before each entry, the entry, what KVM is asked and told.
 """
 
 from __future__ import annotations
@@ -29,20 +11,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pyvmm import cpuid, cpustate, emulate, exits, handles, injection, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state
 from pyvmm.cpustate import Register
+from pyvmm.debuggedset import DebuggedSet
 from pyvmm.decode import decode
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.stepping import Stepper
 from pyvmm.vcpurecord import (
-    KICK_SIGNAL,
     Capability,
     Guard,
     HardwareBreakpoint,
@@ -53,17 +34,13 @@ from pyvmm.vcpurecord import (
 if TYPE_CHECKING:
     from pyvmm.hostprobe import HostProbe
 
-ALL = -1  # for suspend_cpu() and resume_cpu(): every vCPU
-
 # Where KVM on Intel may put three hidden pages for real mode: below the BIOS, as api.rst advises.
 _TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
 
-
-def _nothing() -> None:
-    pass
+_NOT_STARTED = (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
 
 
-class VM:
+class VM(DebuggedSet):
     """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
 
     def __init__(self, *, device: str = "/dev/kvm", cpus: int = 1, irqchip: bool = False) -> None:
@@ -72,12 +49,14 @@ class VM:
         `cpus`: how many vCPUs CPUID tells the guest of.  `irqchip`: LAPICs, IOAPIC, PIC and PIT in
         the kernel; a vCPU other than 0 then waits for INIT and SIPI, and `hlt` waits in the kernel.
         """
+        super().__init__()
         system = handles.SystemHandle(device)
         try:
             self._vcpu_mmap_size = system.vcpu_mmap_size()
             self.max_vcpus = system.check_extension(kvm.KVM_CAP_MAX_VCPUS)
             self.coalesced_pio = bool(system.check_extension(kvm.KVM_CAP_COALESCED_PIO))
             self._cpuid = system.supported_cpuid()
+            cpuid.add_core_level(self._cpuid)
             self.handle = system.create_vm()
         finally:
             system.close()
@@ -87,13 +66,6 @@ class VM:
         self.guard: Guard | None = None  # makes hlt_traps work in ring 3
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
-        self._lock = threading.Lock()
-        self._vcpus: dict[int, VcpuRecord] = {}
-        self._parked = threading.Condition(self._lock)  # a vCPU has parked, or the VM has ended
-        self._held = False  # guarded by _lock: between rendezvous() and release()
-        self._all_suspended = False  # guarded by _lock: newcomers are debugged from the start
-        self.on_parked: Callable[[], None] = _nothing  # called when the last one parks
-        self._ended = False  # guarded by _lock; once True, never False again
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
             self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(_IDENTITY_MAP_GPA))
@@ -139,50 +111,14 @@ class VM:
         except OSError:
             handle.close()
             raise
+        vcpu = VcpuRecord(vcpu_id, handle, self._lock)
+        vcpu.startup_awaited = self._awaits_startup(vcpu_id)
         with self._lock:
-            self._vcpus[vcpu_id] = VcpuRecord(vcpu_id, handle, self._lock)
+            self._vcpus[vcpu_id] = vcpu
 
-    def activate_cpu(self, vcpu_id: int) -> None:
-        """Make the calling thread the one that runs `vcpu_id`, and the vCPU active.
-
-        Blocks KICK_SIGNAL in this thread.  A vCPU that is activated while all are suspended is
-        debugged from the start, and so parks before its first instruction.
-        """
-        vcpu = self._record(vcpu_id)
-        with self._lock:
-            if vcpu.thread_id is not None:
-                raise VmError(errno.EBUSY, f"vCPU {vcpu_id} has a thread already")
-            inside_kvm_run = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK_SIGNAL}) - {KICK_SIGNAL}
-            vcpu.handle.set_signal_mask(inside_kvm_run)
-            vcpu.thread_id = threading.get_ident()
-            vcpu.debugged = vcpu.debugged or self._all_suspended
-            vcpu.held = self._held
-            vcpu.update_attention()
-
-    def deactivate_cpu(self, vcpu_id: int) -> None:
-        """The calling thread stops running `vcpu_id`; it is no longer active, nor debugged."""
-        vcpu = self._record(vcpu_id)
-        with self._lock:  # from here on nobody sends the signal to this thread
-            vcpu.thread_id = None
-            vcpu.debugged = vcpu.held = False
-            vcpu.update_attention()
-            self._parked.notify_all()
-        self.take_kick(vcpu)
-
-    def active_cpus(self) -> frozenset[int]:
-        """The ids of the vCPUs that have a thread."""
-        with self._lock:
-            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.thread_id is not None)
-
-    def debug_cpus(self) -> frozenset[int]:
-        """The ids in the debugged set."""
-        with self._lock:
-            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.debugged)
-
-    def halted_cpus(self) -> frozenset[int]:
-        """The ids of the vCPUs that executed `hlt` and have not been woken."""
-        with self._lock:
-            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.halted)
+    def _awaits_startup(self, vcpu_id: int) -> bool:
+        """Whether the vCPU does not run from power-on, but from its start-up IPI on."""
+        return self.irqchip and vcpu_id != 0
 
     def all_halted_for_good(self) -> bool:
         """Whether every active vCPU executed `hlt` with interrupts off: nothing can wake them."""
@@ -196,9 +132,8 @@ class VM:
             (v.handle.get(kvm.kvm_mp_state).mp_state, v.kvm_run.if_flag, v.nmi_wanted)
             for v in self._vcpus.values()
         ]
-        never_started = (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
         return all(
-            state in never_started
+            state in _NOT_STARTED
             or (state == kvm.KVM_MP_STATE_HALTED and not interrupts_enabled and not nmi_wanted)
             for state, interrupts_enabled, nmi_wanted in states
         )
@@ -206,7 +141,7 @@ class VM:
     def started(self, vcpu_id: int) -> bool:
         """Whether a parked vCPU has got its start-up IPI; without an irqchip all have."""
         state = self.state(vcpu_id).get(kvm.kvm_mp_state).mp_state if self.irqchip else 0
-        return state not in (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
+        return state not in _NOT_STARTED
 
     def run_state(self, vcpu_id: int) -> str:
         """What a parked vCPU is about, in words: "not started", "halted" or "running"."""
@@ -221,175 +156,6 @@ class VM:
         """Raise or lower interrupt line `number`; nobody hears it without an irqchip."""
         if self.irqchip:
             self.handle.irq_line(number, level)
-
-    def kick(self, vcpu_id: int) -> None:
-        """Bring `vcpu_id` out of KVM_RUN, now or at its next entry, to look at its state again."""
-        vcpu = self._record(vcpu_id)
-        with self._lock:
-            self._kick(vcpu)
-
-    def _kick(self, vcpu: VcpuRecord) -> None:
-        # The lock guards "this thread still exists": pthread_kill on a finished one may crash.
-        if vcpu.thread_id == threading.get_ident():
-            return  # it looks at `attention` before it enters; a kick would only undo its next step
-        vcpu.wake.notify_all()
-        if vcpu.thread_id is not None and not vcpu.asleep and not vcpu.kicked:
-            vcpu.kicked = True  # one at a time: real-time signals queue up
-            signal.pthread_kill(vcpu.thread_id, KICK_SIGNAL)
-
-    def take_kick(self, vcpu: VcpuRecord) -> None:
-        """KVM_RUN was interrupted: take the signal away, on the vCPU's own thread.
-
-        Whoever kicks after `kicked` was cleared sends another one; whoever found it set has changed
-        what the run loop is about to look at.
-        """
-        signal.sigtimedwait({KICK_SIGNAL}, 0)
-        with self._lock:
-            vcpu.kicked = False
-
-    def _record(self, vcpu_id: int) -> VcpuRecord:
-        vcpu = self._vcpus.get(vcpu_id)
-        if vcpu is None:
-            raise VmError(errno.EINVAL, f"no vCPU {vcpu_id}")
-        return vcpu
-
-    # --- the debugged set ----------------------------------------------------------------------
-
-    def suspend_cpu(self, vcpu_id: int) -> None:
-        """Put an active vCPU, or ALL that are active now, into the debugged set and kick it.
-
-        Returns at once; wait_parked() waits until it executes nothing more.  Suspending a debugged
-        vCPU is fine.  Raises VmError (EINVAL) for an unknown or inactive one; ALL never fails.
-        """
-        with self._lock:
-            if vcpu_id == ALL:
-                self._all_suspended = True
-                chosen = [v for v in self._vcpus.values() if v.thread_id is not None]
-            else:
-                chosen = [self._record(vcpu_id)]
-                if chosen[0].thread_id is None:
-                    raise VmError(errno.EINVAL, f"vCPU {vcpu_id} is not active")
-            for vcpu in chosen:
-                vcpu.debugged = True
-                vcpu.update_attention()
-                self._kick(vcpu)
-            self._parked.notify_all()  # those that sleep already are parked by this
-
-    def resume_cpu(self, vcpu_id: int) -> None:
-        """Take a vCPU, or ALL, out of the debugged set; it executes guest instructions again.
-
-        Raises VmError (EINVAL) for one that is unknown or not debugged; ALL never fails.
-        """
-        with self._lock:
-            if vcpu_id == ALL:
-                self._all_suspended = False
-                chosen = [v for v in self._vcpus.values() if v.debugged]
-            else:
-                chosen = [self._record(vcpu_id)]
-                if not chosen[0].debugged:
-                    raise VmError(errno.EINVAL, f"vCPU {vcpu_id} is not suspended")
-            for vcpu in chosen:
-                vcpu.debugged = False
-                vcpu.update_attention()
-                vcpu.wake.notify_all()
-            self._parked.notify_all()  # nobody need wait for these to park any more
-
-    def hold_newcomers(self, hold: bool) -> None:
-        """Whether a vCPU that is activated from now on is debugged from the start.
-
-        suspend_cpu(ALL) implies it and resume_cpu(ALL) the opposite; for whoever resumes some.
-        """
-        with self._lock:
-            self._all_suspended = hold
-
-    def wait_parked(self, vcpu_ids: Iterable[int], timeout: float | None = None) -> frozenset[int]:
-        """Wait until each of `vcpu_ids` that is debugged is parked, or the VM has ended.
-
-        Returns those that are not parked after `timeout` seconds: empty when the stop is complete.
-        """
-        wanted = [self._record(vcpu_id) for vcpu_id in vcpu_ids]
-
-        def late() -> frozenset[int]:
-            return frozenset(v.vcpu_id for v in wanted if v.debugged and not v.parked)
-
-        with self._lock:
-            self._parked.wait_for(lambda: self._ended or not late(), timeout)
-            return late()
-
-    def hold(self) -> None:
-        """Keep every vCPU out of the guest until release(), for the machine's own purposes.
-
-        The debugged set stays as it is.  Returns at once; on a vCPU's thread too, whose next
-        vm.run() then does not enter.
-        """
-        with self._lock:
-            self._held = True
-            for vcpu in self._vcpus.values():
-                if vcpu.thread_id is not None:
-                    vcpu.held = True
-                    vcpu.update_attention()
-                    self._kick(vcpu)
-
-    def wait_held(self, timeout: float | None = None) -> frozenset[int]:
-        """Wait until all are out; those that are not after `timeout` seconds."""
-
-        def late() -> frozenset[int]:
-            return frozenset(v.vcpu_id for v in self._vcpus.values() if v.held and not v.asleep)
-
-        with self._lock:
-            self._parked.wait_for(lambda: self._ended or not late(), timeout)
-            return late()
-
-    def release(self) -> None:
-        """End what hold() began."""
-        with self._lock:
-            self._held = False
-            for vcpu in self._vcpus.values():
-                vcpu.held = False
-                vcpu.update_attention()
-                vcpu.wake.notify_all()
-            self._parked.notify_all()
-            complete = self._stop_is_complete()
-        if complete:
-            self.on_parked()
-
-    def _stop_is_complete(self) -> bool:
-        """Whether there are debugged vCPUs, and all of them are parked (lock held)."""
-        debugged = [v for v in self._vcpus.values() if v.debugged]
-        return bool(debugged) and all(v.parked for v in debugged)
-
-    def sleep(self, vcpu_id: int) -> None:
-        """What a vCPU's thread does with a Debug or Hlt exit: sleep until vm.run() has news."""
-        vcpu = self._record(vcpu_id)
-        with self._lock:
-            vcpu.asleep = True
-            if vcpu.debugged or vcpu.held:
-                self._parked.notify_all()
-            complete = vcpu.debugged and self._stop_is_complete()
-        if complete:
-            # With no lock held, and not before: who is told would only wait for us again.
-            self.on_parked()
-        with self._lock:
-            while not self._ended and (
-                vcpu.debugged or vcpu.held or (vcpu.halted and not vcpu.nmi_wanted)
-            ):
-                vcpu.wake.wait()
-            vcpu.asleep = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether end() was called."""
-        return self._ended
-
-    def end(self) -> None:
-        """End the VM: every vm.run() returns Ended from now on, also of debugged vCPUs."""
-        with self._lock:
-            self._ended = True
-            for vcpu in self._vcpus.values():
-                vcpu.ended = True
-                vcpu.update_attention()
-                self._kick(vcpu)
-            self._parked.notify_all()
 
     # --- capabilities --------------------------------------------------------------------------
 
@@ -419,14 +185,15 @@ class VM:
         with self._lock:
             vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
             self._changed(vcpu)
-            if on and capability is Capability.MTRAP_EXIT and self.irqchip:
+            if capability is Capability.MTRAP_EXIT and self.irqchip:
                 self._let_int3_exit()
 
     def _let_int3_exit(self) -> None:
         """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""
+        needed = any(Capability.MTRAP_EXIT in vcpu.wanted for vcpu in self._vcpus.values())
         for vcpu in self._vcpus.values():
-            if not vcpu.int3_exits:
-                vcpu.int3_exits = True
+            if vcpu.int3_exits != needed:
+                vcpu.int3_exits = needed
                 self._changed(vcpu)
 
     def breakpoint_instruction(self, vcpu_id: int) -> int:
@@ -478,11 +245,8 @@ class VM:
                 vcpu.halted = vcpu.nmi_wanted = False
                 vcpu.bp_queued, vcpu.last_exit = None, None
                 vcpu.entry_inst_length = 0
+                vcpu.startup_awaited = self._awaits_startup(vcpu.vcpu_id)
                 self._changed(vcpu)
-
-    def vcpu_ids(self) -> list[int]:
-        """The ids of all vCPUs, in order."""
-        return sorted(self._vcpus)
 
     def get_capability(self, vcpu_id: int, capability: Capability) -> bool:
         """Whether a capability is on.  Raises VmError: EINVAL no such vCPU, ENOENT unknown."""
@@ -582,6 +346,10 @@ class VM:
         with self._lock:
             if vcpu.thread_id not in (None, threading.get_ident()) and not vcpu.parked:
                 raise VmError(errno.EBUSY, f"vCPU {vcpu_id} is running: suspend it first")
+        if vcpu.startup_awaited:
+            # One that came while it was parked changes its registers only when KVM is asked this.
+            mp_state = vcpu.handle.get(kvm.kvm_mp_state).mp_state
+            vcpu.startup_awaited = mp_state in _NOT_STARTED
         return vcpu
 
     def halt(self, vcpu: VcpuRecord) -> None:

@@ -3,12 +3,16 @@
 With an in-kernel irqchip `hlt` does not leave the guest: the vCPU waits in KVM_RUN.  If all wait
 with interrupts off, nothing can wake them, and the guest has ended.  KVM's statistics tell that a
 vCPU waits without disturbing it.  Only when all do, and have executed something since the last
-time, are they held for a moment to look at their flags.
+time, are they held for a moment to look at their flags.  A kernel without these statistics (they
+came with 5.17) has them held each time.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from pyvmm.hypervisor import VM
+from pyvmm.kvm import KvmError
 from pyvmm.stats import Statistic
 
 _PATIENCE_SECONDS = 5.0
@@ -20,24 +24,33 @@ class IdleWatch:
     def __init__(self, vm: VM) -> None:
         self._vm = vm
         handles = [vm.handle_of(vcpu_id) for vcpu_id in vm.vcpu_ids()]
-        self._waiting = [Statistic(handle, "blocking") for handle in handles]
-        self._exits = [Statistic(handle, "exits") for handle in handles]
+        self._waiting: list[Statistic] = []
+        self._exits: list[Statistic] = []
+        with suppress(KvmError, KeyError):
+            self._waiting = [Statistic(handle, "blocking") for handle in handles]
+            self._exits = [Statistic(handle, "exits") for handle in handles]
         self._looked_at: list[int] = []
 
     def check(self) -> bool:
         """Whether all vCPUs wait for an interrupt that cannot come."""
-        if self._vm.debug_cpus() or not all(waiting.read() for waiting in self._waiting):
+        if self._vm.debug_cpus() or not self._worth_a_look():
             return False
-        exits = [count.read() for count in self._exits]
-        if exits == self._looked_at:
-            return False
-        self._looked_at = exits
-        self._vm.hold()
+        self._vm.hold("idle")
         try:
-            late = self._vm.wait_held(_PATIENCE_SECONDS)
+            late = self._vm.wait_out(_PATIENCE_SECONDS)
             return not late and self._vm.all_wait_for_good()
         finally:
-            self._vm.release()
+            self._vm.release("idle")
+
+    def _worth_a_look(self) -> bool:
+        """Whether all vCPUs wait, and not just as they did at the last look."""
+        if not self._waiting:
+            return True
+        if not all(waiting.read() for waiting in self._waiting):
+            return False
+        exits = [count.read() for count in self._exits]
+        seen, self._looked_at = self._looked_at, exits
+        return exits != seen
 
     def close(self) -> None:
         """Close the statistics."""

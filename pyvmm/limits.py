@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from pyvmm import exits, vcpu
-from pyvmm.hypervisor import ALL
+from pyvmm.debuggedset import ALL
 
 if TYPE_CHECKING:
     from pyvmm.machine import Machine

@@ -30,7 +30,8 @@ from pyvmm.cpustate import Register
 from pyvmm.devices.debugcon import DEBUGCON_PORT
 from pyvmm.devices.serial import COM1_PORT
 from pyvmm.devices.vga import BLANK_SCREEN, TEXT_GPA
-from pyvmm.hypervisor import ALL, VM
+from pyvmm.debuggedset import ALL
+from pyvmm.hypervisor import VM
 from pyvmm.limits import ExitLimiter
 from pyvmm.pc import Facts, Pc, Wiring
 from pyvmm.stop import Stop, StopReason
@@ -227,7 +228,7 @@ class Machine:
         if late:
             self._hurry()
             late = self.vm.wait_out(_JOIN_SECONDS)
-        if late:
+        if late and not self.vm.ended:
             raise _did_not_stop([self.threads[n].name for n in sorted(late)])
 
     def _handlers_now(self, limiter: ExitLimiter | None) -> dict[type, vcpu.Handler]:

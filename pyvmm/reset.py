@@ -38,6 +38,9 @@ def power_on(vm: VM) -> None:
         for vcpu_id in vm.vcpu_ids():
             new.create_vcpu(vcpu_id)
             source, target = new.handle_of(vcpu_id), vm.handle_of(vcpu_id)
+            if vm.irqchip:
+                # KVM takes in INIT and SIPI that were on their way only when it is asked this.
+                target.get(kvm.kvm_mp_state)
             _copy_msrs(source, target, vm.msr_indices)
             for kind in _STATE + (_IRQCHIP_STATE if vm.irqchip else ()):
                 state = source.get(kind)

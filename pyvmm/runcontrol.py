@@ -39,7 +39,8 @@ from contextlib import suppress
 from pyvmm import exits, kvm, vcpu, x86
 from pyvmm.breakpoints import Breakpoints
 from pyvmm.cpustate import Register
-from pyvmm.hypervisor import ALL, VM
+from pyvmm.debuggedset import ALL
+from pyvmm.hypervisor import VM
 from pyvmm.stop import Stop
 from pyvmm.target import (
     SIGABRT,

@@ -47,6 +47,8 @@ class Stepper:
 
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
+        if vm.irqchip and _waits_in_kernel(vcpu):
+            return self._step_once_awake(vm, vcpu)
         cpu = copy_state(vm.memory, vcpu)
         mode, code = cpu.mode, cpu.fetch()
         start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, mode)
@@ -81,6 +83,18 @@ class Stepper:
         if isinstance(exit, exits.Mtrap) and self._at_spent_repeat(vm, vcpu, start):
             return self.step(vm, vcpu)
         return exit
+
+    def _step_once_awake(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+        """The same for a vCPU that waits in the kernel, for its start-up IPI or for an interrupt.
+
+        It may do so for ever, and nobody must have to wait for it: so it plants no traps.
+        """
+        cpu = copy_state(vm.memory, vcpu)
+        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
+        vcpu.step_rip = cpu.regs.rip
+        if not _enter_until_progress(vm, vcpu, cpu, start, int3=False):
+            return None
+        return decode(vm, vcpu)
 
     def _faulted(self, vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
         """Whether the step ended in a trap on an exception handler; then all is set right."""
@@ -167,6 +181,10 @@ class Stepper:
         finally:
             if vm.guard is guard:
                 vm.memory.write(guard.gpa, b"\xf4")
+
+
+def _waits_in_kernel(vcpu: VcpuRecord) -> bool:
+    return bool(vcpu.handle.get(kvm.kvm_mp_state).mp_state != kvm.KVM_MP_STATE_RUNNABLE)
 
 
 def _trap_instruction(vm: VM, mode: x86.CpuMode) -> int | None:

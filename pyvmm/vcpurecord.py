@@ -93,6 +93,7 @@ class VcpuRecord:
         self.step_rip = 0  # where the last single-step began
         self.control = 0  # the KVM_GUESTDBG_* flags that KVM has now
         self.entry_inst_length = 0  # Register.GUEST_ENTRY_INST_LENGTH
+        self.startup_awaited = False  # nobody has seen yet that it has got its start-up IPI
         self.last_bpt_length = 0  # what Intel's KVM will add when a #BP is injected
 
     @property

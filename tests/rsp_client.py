@@ -277,6 +277,7 @@ class Debuggee:
         guest: bytes | Image | Path,
         *,
         cpus: int = 1,
+        irqchip: bool = False,
         wait: bool = True,
         where: str = "127.0.0.1:0",
         catch_int3: bool = False,
@@ -285,7 +286,7 @@ class Debuggee:
     ) -> None:
         """`prepare` is called before the machine runs: for devices and memory contents."""
         image = flat_image(guest) if isinstance(guest, bytes) else guest
-        self.machine = Machine(image, cpus=cpus, memory=RAM, irqchip=False)
+        self.machine = Machine(image, cpus=cpus, memory=RAM, irqchip=irqchip)
         if prepare is not None:
             prepare(self.machine)
         try:

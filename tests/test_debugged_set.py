@@ -12,7 +12,8 @@ import pytest
 
 from pyvmm import exits
 from pyvmm.cpustate import Register
-from pyvmm.hypervisor import ALL, VM
+from pyvmm.debuggedset import ALL
+from pyvmm.hypervisor import VM
 from pyvmm.lab import CODE, DATA
 from pyvmm.vcpurecord import Capability
 from tests.support import (

@@ -15,7 +15,7 @@ import pytest
 
 from pyvmm import exits, kvm
 from pyvmm.cpustate import Register
-from pyvmm.hypervisor import ALL
+from pyvmm.debuggedset import ALL
 from pyvmm.lab import CODE, HANDLERS
 from pyvmm.vcpurecord import KICK_SIGNAL
 from pyvmm.x86 import VECTOR_NMI
