@@ -7,8 +7,11 @@ pair.  docs/benchmarks.md says what the measures mean.
     measure.py    what a measure is, and how it is run: turns, medians, spread
     measures/     the measures, one module a subject, and the table of them all
     guests.py     the guests that are measured, a few instructions each
+    processes.py  processes that are measured from their start
     stubs.py      pyvmm and QEMU as processes with a debugger's port, the same guest in both
     rspclient.py  the debugger that asks them
     floor.py      compiles and runs floor.c, what the kernel alone costs
-    report.py     results as a table, and as JSON
+    bare.py       the same in Python, and echo.py a debug server: what the interpreter adds
+    report.py     results as a table, as Markdown and as JSON
+    chart.py      and as a picture
 """

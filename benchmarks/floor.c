@@ -3,11 +3,14 @@
  *
  * The same guests that pyvmm is measured with, under the shortest C program that can run them: a
  * thread for each vCPU, KVM_RUN in a loop, and nothing done with an exit but looking at it.
- * benchmarks/floor.py compiles and runs this; each mode prints numbers that it reads.
+ * benchmarks/floor.py compiles and runs this; each mode prints numbers that it reads.  It defines
+ * what guests.py knows, too: MARK_PORT, where "the measured part begins, or ends, here" is written
+ * to, and COUNTER, the address where spin() counts.
  *
  *     floor exits GUEST VCPUS   seconds and CPU seconds from the first mark to the last
  *     floor kick GUEST COUNT    microseconds from a kick to the vCPU's answer, one a line
  *     floor cycles GUEST COUNT  seconds for so many suspend and resume cycles
+ *     floor steps GUEST COUNT   seconds and CPU seconds for so many single-steps
  *     floor start GUEST         the guest's COM1 and debug console output, then the end
  */
 #define _GNU_SOURCE
@@ -15,7 +18,6 @@
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -31,8 +33,6 @@ enum {
     PAGE_TABLES = 0x1000,
     ENTRY = 0x100000,
     MAX_VCPUS = 64,
-    COUNTER = 0x200000, /* as in guests.py: spin() counts there */
-    MARK_PORT = 0x5E0, /* as in guests.py: "the measured part begins, or ends, here" */
     COM1_DATA = 0x3f8,
     COM1_LSR = 0x3fd,
 };
@@ -55,6 +55,13 @@ static void check(long result, const char *what)
         fprintf(stderr, "floor: %s: %s\n", what, strerror(errno));
         exit(1);
     }
+}
+
+/* The guest is not one for this mode: a mistake in the benchmark, and nothing about the host. */
+static void misused(const char *what)
+{
+    fprintf(stderr, "floor: %s\n", what);
+    exit(2);
 }
 
 static double now(clockid_t clock)
@@ -178,11 +185,30 @@ static void measure_exits(void)
     run_all();
     double first = vcpus[0].wall[0], last = vcpus[0].wall[1], cpu = 0;
     for (int n = 0; n < nr_vcpus; n++) {
+        if (vcpus[n].marks != 2)
+            misused("the guest ended without having written to MARK_PORT twice");
         first = vcpus[n].wall[0] < first ? vcpus[n].wall[0] : first;
         last = vcpus[n].wall[1] > last ? vcpus[n].wall[1] : last;
         cpu += vcpus[n].cpu[1] - vcpus[n].cpu[0];
     }
     printf("%.9f %.9f\n", last - first, cpu);
+}
+
+/* --- steps ----------------------------------------------------------------------------------- */
+
+static void measure_steps(int count)
+{
+    struct vcpu *v = &vcpus[0];
+    struct kvm_guest_debug debug = {
+        .control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ};
+    double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
+    for (int n = 0; n < count; n++) {
+        check(ioctl(v->fd, KVM_SET_GUEST_DEBUG, &debug), "KVM_SET_GUEST_DEBUG");
+        check(ioctl(v->fd, KVM_RUN, 0), "KVM_RUN");
+        if (v->run->exit_reason != KVM_EXIT_DEBUG)
+            misused("a step ended otherwise than with a debug exit");
+    }
+    printf("%.9f %.9f\n", now(CLOCK_MONOTONIC) - wall, now(CLOCK_THREAD_CPUTIME_ID) - cpu);
 }
 
 /* --- kicks: the debugged set in its smallest form --------------------------------------------- */
@@ -254,7 +280,7 @@ static void measure_kicks(int count, int one_by_one)
         uint32_t before = *counter;
         resume();
         while (*counter == before)
-            sched_yield(); /* until it executes again */
+            usleep(0); /* until it executes again, and not in its way: sched_yield() would be */
         if (one_by_one) {
             printf("%.3f\n", microseconds);
             usleep(500);
@@ -280,12 +306,15 @@ int main(int argc, char **argv)
     } else if (!strcmp(mode, "kick") || !strcmp(mode, "cycles")) {
         make_machine(argv[2], 1);
         measure_kicks(number, mode[0] == 'k');
+    } else if (!strcmp(mode, "steps")) {
+        make_machine(argv[2], 1);
+        measure_steps(number);
     } else if (!strcmp(mode, "start")) {
         printing = 1;
         make_machine(argv[2], 1);
         run_all();
     } else {
-        fprintf(stderr, "usage: floor exits|kick|cycles|start GUEST [NUMBER]\n");
+        fprintf(stderr, "usage: floor exits|kick|cycles|steps|start GUEST [NUMBER]\n");
         return 2;
     }
     return 0;

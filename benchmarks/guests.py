@@ -2,7 +2,7 @@
 
 They are made here and not assembled, so that a measure can choose a count or a port, and so that
 nobody needs an assembler.  A guest writes to MARK_PORT where its measured part begins and where it
-ends: what starts and stops a VM is not in the figure.  floor.c knows that port too.
+ends: what starts and stops a VM is not in the figure.  floor.c is told that port, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ MARK_PORT = 0x5E0
 IO_PORT = 0x500  # a port with a device behind it, which nobody coalesces
 MMIO_GPA = 0xD000_0000  # no RAM is there
 
-COUNTER_GPA = 0x200000  # spin() counts here; floor.c knows it
+COUNTER_GPA = 0x200000  # spin() counts here; floor.c is told
+COM1 = 0x3F8
 
 
 def _select(port: int) -> bytes:
@@ -48,6 +49,17 @@ def spin() -> bytes:
     """Counts for ever at COUNTER_GPA, 32 bits, without an exit."""
     # here: inc dword ptr [COUNTER_GPA]; jmp here
     return b"\xff\x04\x25" + struct.pack("<I", COUNTER_GPA) + b"\xeb\xf7"
+
+
+def circle() -> bytes:
+    """Three instructions for ever, without an exit; counts in rax."""
+    return bytes.fromhex("48ffc0 90 ebfa")  # here: inc rax; nop; jmp here
+
+
+def says(text: bytes) -> bytes:
+    """Prints `text` at COM1, without polling it, and stays."""
+    characters = b"".join(b"\xb0" + bytes((character,)) + _OUT for character in text)
+    return _select(COM1) + characters + bytes.fromhex("ebfe")  # here: jmp here
 
 
 def write_guest(folder: Path, name: str, code: bytes) -> Path:

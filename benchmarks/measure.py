@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -36,11 +36,20 @@ class Context(NamedTuple):
 
     def scaled(self, count: int) -> int:
         """How many repetitions to make where a full run makes `count`."""
-        return count // 5 if self.quick else count
+        return max(1, count // 10) if self.quick else count
 
 
 Sampler = Callable[[], Sample]
 Contenders = dict[str, Sampler]
+
+
+def unavailable(reason: str) -> Sampler:
+    """The sampler of a contender that is known not to run here."""
+
+    def sampler() -> Sample:
+        raise Unavailable(reason)
+
+    return sampler
 
 
 class Goal(NamedTuple):
@@ -81,6 +90,11 @@ class Measure:
     contenders: Callable[[Context], contextlib.AbstractContextManager[Contenders]]
     goal: Goal | None = None
 
+    @property
+    def less_is_better(self) -> bool:
+        """Whether it measures time or memory.  All else is so many of something a second."""
+        return not self.unit.endswith("/s")
+
 
 class Spread(NamedTuple):
     """Median, lowest and highest of several figures."""
@@ -100,6 +114,7 @@ class Result:
     """What was measured: for each contender a sample a round, or why it has none."""
 
     measure: Measure
+    contenders: tuple[str, ...] = ()  # in the order in which they are shown
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
@@ -126,7 +141,7 @@ class Result:
     @property
     def peers(self) -> list[str]:
         """The contenders other than pyvmm, those that could not run as well."""
-        return [name for name in (*self.samples, *self.unavailable) if name != PYVMM]
+        return [name for name in self.contenders if name != PYVMM]
 
     def goal_met(self) -> bool | None:
         """Whether the goal is reached; None where there is none, or nothing to tell it by."""
@@ -139,8 +154,8 @@ class Result:
 
 def run(measure: Measure, context: Context, rounds: int) -> Result:
     """Take `rounds` samples of each contender, in turns, after one of each that does not count."""
-    result = Result(measure)
     with measure.contenders(context) as contenders:
+        result = Result(measure, tuple(contenders))
         waiting = dict(contenders)
         for number in range(rounds + 1):
             for name, sampler in list(waiting.items()):
@@ -153,9 +168,3 @@ def run(measure: Measure, context: Context, rounds: int) -> Result:
                 if number > 0:  # the first warms caches up, and writes Python's bytecode
                     result.samples.setdefault(name, []).append(sample)
     return result
-
-
-@contextlib.contextmanager
-def prepared(contenders: Contenders) -> Iterator[Contenders]:
-    """For a measure that needs no preparation: its contenders as they are."""
-    yield contenders

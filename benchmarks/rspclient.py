@@ -15,6 +15,26 @@ _TIMEOUT = 60.0  # seconds for one reply
 RCX, RIP = 2, 16  # register numbers, the same in all stubs' x86-64 descriptions
 
 
+def framed(payload: bytes) -> bytes:
+    """A packet as it is transmitted."""
+    return b"$%b#%02x" % (payload, sum(payload) & 0xFF)
+
+
+def escaped(data: bytes) -> bytes:
+    """Binary data as it stands in a payload."""
+    for special in b"}#$*":  # the one that escapes the others comes first
+        data = data.replace(bytes((special,)), bytes((0x7D, special ^ 0x20)))
+    return data
+
+
+def escaped_to_fit(data: bytes, room: int) -> tuple[bytes, int]:
+    """As much of `data`, escaped, as has room in so many bytes; and how much that is."""
+    length = min(len(data), room)
+    # To leave a byte out makes it shorter by one, or by two.
+    length -= max(0, len(escaped(data[:length])) - room)
+    return escaped(data[:length]), length
+
+
 class RspClient:
     """A debugger that is attached to a stub.  A context manager: leaving it ends the connection."""
 
@@ -49,7 +69,7 @@ class RspClient:
 
     def send(self, payload: bytes) -> None:
         """Send a packet; its reply, if it has one, is for receive()."""
-        self._socket.sendall(b"$%b#%02x" % (payload, sum(payload) & 0xFF))
+        self._socket.sendall(framed(payload))
 
     def receive(self) -> bytes:
         """The payload of the next packet.  Raises EOFError when the stub is gone."""
@@ -72,6 +92,11 @@ class RspClient:
     def ask(self, payload: bytes) -> bytes:
         """The reply to a packet."""
         self.send(payload)
+        return self.receive()
+
+    def ask_framed(self, packet: bytes) -> bytes:
+        """The reply to a packet that framed() has made: nothing is left to do but send it."""
+        self._socket.sendall(packet)
         return self.receive()
 
     def command(self, payload: bytes) -> None:

@@ -15,19 +15,19 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.measure import Unavailable
+from benchmarks import processes
+from benchmarks.measure import PYVMM, Contenders, Sampler, Unavailable, unavailable
 from benchmarks.rspclient import RIP, RspClient
 from pyvmm.boot.entry import PAGE_TABLES_GPA, identity_map
 
-ROOT = Path(__file__).parents[1]
 QEMU = "QEMU"  # the contender's name
 LOAD_GPA = 0x100000
 _QEMU_PROGRAM = "qemu-system-x86_64"
-_MEMORY_MIB = 64
+MEMORY_MIB = 64  # of each guest
 _PATIENCE = 20.0  # seconds that a server may take to start
 
 # cli; no interrupt from the PICs: out 0x21, 0xff; out 0xa1, 0xff; lgdt cs:[_GDTR_AT]; CR4.PAE;
@@ -59,26 +59,12 @@ class Stub(NamedTuple):
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """End the process afterwards, in whatever state it is."""
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
-
-
-@contextlib.contextmanager
 def pyvmm(guest: Path, cpus: int = 1) -> Iterator[Stub]:
     """pyvmm, which waits for a debugger before the first instruction."""
     command = [sys.executable, "-m", "pyvmm", str(guest), "--gdb", "0", "--cpus", str(cpus)]
-    process = subprocess.Popen(
-        [*command, "--memory", f"{_MEMORY_MIB}M"], cwd=ROOT,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    with _ended(process):
+    # All vCPUs are to execute the guest; with an irqchip they would wait for a start-up IPI.
+    command += ["--memory", f"{MEMORY_MIB}M", "--irqchip", "off"]
+    with processes.started(command, stdout=subprocess.DEVNULL) as process:
         assert process.stderr is not None
         line = process.stderr.readline().decode()
         if "listening" not in line:
@@ -87,37 +73,71 @@ def pyvmm(guest: Path, cpus: int = 1) -> Iterator[Stub]:
 
 
 @contextlib.contextmanager
-def qemu(folder: Path, guest: Path) -> Iterator[Stub]:
-    """QEMU, with one vCPU, which waits for a debugger at the reset vector.
+def echo(reply_bytes: int) -> Iterator[Stub]:
+    """The bare server (echo.py), whose every reply has so many bytes."""
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("echo.py"))]
+    with processes.started([*command, str(reply_bytes)]) as process:
+        assert process.stdout is not None
+        yield Stub(process, int(process.stdout.readline()))
 
-    Raises Unavailable where it is not installed or does not start.
-    """
+
+def qemu_program() -> str:
+    """QEMU's name.  Raises Unavailable where it is not installed."""
     if shutil.which(_QEMU_PROGRAM) is None:
         raise Unavailable(f"no {_QEMU_PROGRAM} (apt install qemu-system-x86)")
+    return _QEMU_PROGRAM
+
+
+def qemu_command(folder: Path, guest: Path) -> list[str]:
+    """A QEMU that runs `guest` as pyvmm does, with one vCPU.  Raises Unavailable."""
     rom, tables = folder / "qemu.rom", folder / "page-tables.bin"
     rom.write_bytes(_rom())
     tables.write_bytes(identity_map(PAGE_TABLES_GPA))
-    port = _free_port()
-    command = [
-        *(_QEMU_PROGRAM, "-accel", "kvm", "-m", str(_MEMORY_MIB)),
-        *("-S", "-nodefaults", "-display", "none", "-bios", str(rom)),
+    return [
+        *(qemu_program(), "-accel", "kvm", "-m", str(MEMORY_MIB)),
+        *("-nodefaults", "-display", "none", "-bios", str(rom)),
         *("-device", f"loader,file={tables},addr={PAGE_TABLES_GPA},force-raw=on"),
         *("-device", f"loader,file={guest},addr={LOAD_GPA},force-raw=on"),
-        *("-gdb", f"tcp:127.0.0.1:{port}"),
     ]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    with _ended(process):
+
+
+@contextlib.contextmanager
+def qemu(folder: Path, guest: Path) -> Iterator[Stub]:
+    """QEMU, which waits for a debugger at the reset vector.
+
+    Raises Unavailable where it is not installed or does not start.
+    """
+    port = _free_port()
+    command = [*qemu_command(folder, guest), "-S", "-gdb", f"tcp:127.0.0.1:{port}"]
+    with processes.started(command, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + _PATIENCE
         while not _listens(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                assert process.stderr is not None
-                errors = process.stderr.read().decode().strip()
-                raise Unavailable(errors or f"{_QEMU_PROGRAM} does not start")
+                raise Unavailable(f"QEMU does not start: {processes.errors_of(process)}")
             time.sleep(0.01)
         yield Stub(process, port)
+
+
+@contextlib.contextmanager
+def contenders(
+    folder: Path, guest: Path, sampler: Callable[[Stub, contextlib.ExitStack], Sampler]
+) -> Iterator[Contenders]:
+    """pyvmm and QEMU with `guest`, for all rounds, each with the sampler that is made for it.
+
+    What `sampler` puts on the stack is left before the stub ends.
+    """
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(pyvmm(guest))
+        found: Contenders = {}
+        try:
+            found[PYVMM] = sampler(ours, stack)
+        except Unavailable as reason:  # the debugger is missing
+            found[PYVMM] = unavailable(str(reason))
+        try:
+            found[QEMU] = sampler(stack.enter_context(qemu(folder, guest)), stack)
+        except (Unavailable, RuntimeError) as reason:
+            found[QEMU] = unavailable(str(reason))
+        yield found
 
 
 def attached(stub: Stub, end: int) -> RspClient:
@@ -126,7 +146,7 @@ def attached(stub: Stub, end: int) -> RspClient:
     deadline = time.monotonic() + _PATIENCE
     while not LOAD_GPA <= client.register(RIP) < end:
         if time.monotonic() > deadline:
-            raise Unavailable(f"the guest hangs at {client.register(RIP):#x}")
+            raise RuntimeError(f"the guest hangs at {client.register(RIP):#x}")
         client.send(b"vCont;c")
         time.sleep(0.02)
         client.interrupt()

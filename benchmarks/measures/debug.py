@@ -10,80 +10,87 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-import shutil
-import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import guests, stubs
-from benchmarks.measure import PYVMM, Contenders, Context, Goal, Measure, Sample, Unavailable
-from benchmarks.rspclient import RCX, RIP, RspClient
+from benchmarks.bare import BARE
+from benchmarks.measure import PYVMM, Contenders, Context, Goal, Measure, Sample, Sampler
+from benchmarks.rspclient import RCX, RIP, RspClient, escaped_to_fit, framed
 from benchmarks.stubs import LOAD_GPA, QEMU, Stub
 from pyvmm.hypervisor import VM
 
 # The guest: three instructions in a circle, then a counting loop, then data that no run-length
 # encoding makes shorter.
-_CIRCLE = bytes.fromhex("48ffc0 90 ebfa")  # here: inc rax; nop; jmp here
 _CIRCLE_GVA = LOAD_GPA
 _COUNTING = bytes.fromhex("ffc9 75fc ebfe")  # here: dec ecx; jnz here; behind: jmp behind
 _COUNTING_GVA, _BEHIND_GVA = LOAD_GPA + 0x10, LOAD_GPA + 0x14
 _DATA_GVA, _DATA_BYTES = LOAD_GPA + 0x1000, 1 << 18
 
-_HALTED = bytes.fromhex("fb f4 ebfd")  # sti; here: hlt; jmp here
-_SPINNING = bytes.fromhex("ebfe")  # here: jmp here
-
-_MEMORY_REPLY = {PYVMM: 1 << 16, QEMU: 0x7FE}  # bytes; the most that each sends in one packet
+_G_BYTES = 1728  # of pyvmm's reply to `g`, on a processor with AVX
 _SOFTWARE, _HARDWARE = 0, 1  # breakpoint kinds of Z packets
 
 
+def _data(seed: int) -> bytes:
+    return random.Random(seed).randbytes(_DATA_BYTES)
+
+
 def _guest(folder: Path) -> Path:
-    data = random.Random(0).randbytes(_DATA_BYTES)
-    code = _CIRCLE.ljust(0x10, b"\0") + _COUNTING
-    return guests.write_guest(folder, "debugged", code.ljust(0x1000, b"\0") + data)
+    code = guests.circle().ljust(0x10, b"\0") + _COUNTING
+    return guests.write_guest(folder, "debugged", code.ljust(0x1000, b"\0") + _data(0))
 
 
-# What a sample does with a stub: so many of what is counted.
-Work = Callable[[RspClient, str], float]
+# What a sample does with a stub: so many of what is counted.  It is made for a client, once.
+Work = Callable[[], float]
+Prepare = Callable[[Context, RspClient], Work]
 
 
-def _rate(stub: Stub, client: RspClient, name: str, work: Work) -> Sample:
+def rate(stub: Stub, work: Work) -> Sample:
     """How much work a second a stub does: of wall time, and of its own CPU time."""
-    client.set_register(RIP, _CIRCLE_GVA)
     cpu, start = stub.cpu_seconds(), time.perf_counter()
-    done = work(client, name)
+    done = work()
     wall = time.perf_counter() - start
     return Sample(done / wall, done / (stub.cpu_seconds() - cpu))
 
 
+def _sampler(
+    prepare: Prepare, context: Context, stub: Stub, stack: contextlib.ExitStack
+) -> Sampler:
+    """Samples of a stub, with one client for all of them."""
+    client = stack.enter_context(stubs.attached(stub, _DATA_GVA))
+    return _sampler_of(stub, client, prepare(context, client))
+
+
+def _sampler_of(stub: Stub, client: RspClient, work: Work) -> Sampler:
+    def sample() -> Sample:
+        client.set_register(RIP, _CIRCLE_GVA)
+        return rate(stub, work)
+
+    return sample
+
+
+def _with_qemu(prepare: Prepare, context: Context) -> contextlib.AbstractContextManager[Contenders]:
+    sampler = functools.partial(_sampler, prepare, context)
+    return stubs.contenders(context.folder, _guest(context.folder), sampler)
+
+
 @contextlib.contextmanager
-def _with_qemu(make_work: Callable[[Context], Work], context: Context) -> Iterator[Contenders]:
-    """Both stubs, with a client attached to each for all rounds."""
-    guest, work = _guest(context.folder), make_work(context)
-    with contextlib.ExitStack() as stack:
-
-        def sampler(name: str, stub: Stub) -> Callable[[], Sample]:
-            client = stack.enter_context(stubs.attached(stub, _DATA_GVA))
-            return lambda: _rate(stub, client, name, work)
-
-        contenders = {PYVMM: sampler(PYVMM, stack.enter_context(stubs.pyvmm(guest)))}
-        try:
-            qemu = stack.enter_context(stubs.qemu(context.folder, guest))
-            contenders[QEMU] = sampler(QEMU, qemu)
-        except Unavailable as reason:
-            contenders[QEMU] = functools.partial(_raise, reason)
-        yield contenders
+def _with_qemu_and_echo(context: Context) -> Iterator[Contenders]:
+    """All registers: a packet that costs so little that the packet itself is what counts."""
+    with (
+        _with_qemu(_all_registers, context) as contenders,
+        stubs.echo(_G_BYTES) as server,
+        RspClient(server.port) as client,
+    ):
+        work = _all_registers(context, client)
+        yield {**contenders, BARE: lambda: rate(server, work)}
 
 
-def _raise(reason: Unavailable) -> Sample:
-    raise reason
-
-
-def _all_registers(context: Context) -> Work:
+def _all_registers(context: Context, client: RspClient) -> Work:
     count = context.scaled(1000)
 
-    def work(client: RspClient, name: str) -> float:
+    def work() -> float:
         for _ in range(count):
             client.ask(b"g")
         return count
@@ -91,11 +98,11 @@ def _all_registers(context: Context) -> Work:
     return work
 
 
-def _memory(context: Context) -> Work:
-    times = context.scaled(10)
+def _memory_read(context: Context, client: RspClient) -> Work:
+    """In the largest replies that the stub sends: 64 KiB, QEMU 2 KiB."""
+    times, most = context.scaled(10), client.packet_size // 2
 
-    def work(client: RspClient, name: str) -> float:
-        most = _MEMORY_REPLY[name]
+    def work() -> float:
         for _ in range(times):
             for at in range(0, _DATA_BYTES, most):
                 length = min(most, _DATA_BYTES - at)
@@ -107,10 +114,42 @@ def _memory(context: Context) -> Work:
     return work
 
 
-def _steps(context: Context) -> Work:
+def _memory_write(context: Context, client: RspClient) -> Work:
+    """As gdb does it: in binary where the stub takes that, in packets as large as it takes."""
+    times, data = context.scaled(10), _data(1)
+    in_binary = client.ask(b"X%x,0:" % _DATA_GVA) == b"OK"
+    packets = [framed(payload) for payload in write_packets(data, client.packet_size, in_binary)]
+
+    def work() -> float:
+        for _ in range(times):
+            for packet in packets:
+                if (reply := client.ask_framed(packet)) != b"OK":
+                    raise RuntimeError(f"{packet[:40]!r} was answered with {reply!r}")
+        return times * _DATA_BYTES / 1e6
+
+    return work
+
+
+def write_packets(data: bytes, packet_size: int, in_binary: bool) -> list[bytes]:
+    """The packets that write `data`."""
+    room = packet_size - len(b"$M0123456789abcdef,01234567:#00")
+    packets, at = [], 0
+    while at < len(data):
+        if in_binary:
+            content, length = escaped_to_fit(data[at : at + room], room)
+        else:
+            length = min(room // 2, len(data) - at)
+            content = data[at : at + length].hex().encode()
+        name = b"X" if in_binary else b"M"
+        packets.append(b"%b%x,%x:%b" % (name, _DATA_GVA + at, length, content))
+        at += length
+    return packets
+
+
+def _steps(context: Context, client: RspClient) -> Work:
     count = context.scaled(500)
 
-    def work(client: RspClient, name: str) -> float:
+    def work() -> float:
         for _ in range(count):
             client.run(b"vCont;s:p1.1")
         return count
@@ -118,13 +157,13 @@ def _steps(context: Context) -> Work:
     return work
 
 
-def _breakpoint_hits(context: Context) -> Work:
+def _breakpoint_hits(context: Context, client: RspClient) -> Work:
     """Each hit as gdb goes on from one: breakpoint out, a step, breakpoint in, continue."""
     count = context.scaled(200)
-    kind = _SOFTWARE if _software_breakpoints_everywhere() else _HARDWARE
+    kind = _SOFTWARE if software_breakpoints_everywhere() else _HARDWARE
     place = b"%d,%x,1" % (kind, _CIRCLE_GVA)
 
-    def work(client: RspClient, name: str) -> float:
+    def work() -> float:
         client.command(b"Z" + place)
         for _ in range(count):
             client.command(b"z" + place)
@@ -139,10 +178,10 @@ def _breakpoint_hits(context: Context) -> Work:
     return work
 
 
-def _software_breakpoints_everywhere() -> bool:
+def software_breakpoints_everywhere() -> bool:
     """Whether QEMU's stub, too, can set them: where KVM reports an int3 as one."""
     with VM() as vm:
-        return vm.host.breakpoint_as_such
+        return bool(vm.host.breakpoint_as_such)
 
 
 _STEPS = "single steps"  # the contender's name
@@ -152,112 +191,26 @@ _STEPS = "single steps"  # the contender's name
 def _range_contenders(context: Context) -> Iterator[Contenders]:
     """pyvmm in two ways: a range, and a step and a stop reply for each instruction."""
     repeats = context.scaled(2500)
-
-    def ranged(client: RspClient, name: str) -> float:
-        client.set_register(RCX, repeats)
-        client.set_register(RIP, _COUNTING_GVA)
-        client.run(b"vCont;r%x,%x:p1.1" % (_COUNTING_GVA, _BEHIND_GVA))
-        if client.register(RIP) != _BEHIND_GVA:
-            raise RuntimeError("the range was left before its end")
-        return 2 * repeats
-
-    stepped = _steps(context)
     with (
         stubs.pyvmm(_guest(context.folder)) as stub,
         stubs.attached(stub, _DATA_GVA) as client,
     ):
+
+        def ranged() -> float:
+            client.set_register(RCX, repeats)
+            client.set_register(RIP, _COUNTING_GVA)
+            client.run(b"vCont;r%x,%x:p1.1" % (_COUNTING_GVA, _BEHIND_GVA))
+            if client.register(RIP) != _BEHIND_GVA:
+                raise RuntimeError("the range was left before its end")
+            return 2 * repeats
+
         yield {
-            PYVMM: lambda: _rate(stub, client, PYVMM, ranged),
-            _STEPS: lambda: _rate(stub, client, PYVMM, stepped),
+            PYVMM: _sampler_of(stub, client, ranged),
+            _STEPS: _sampler_of(stub, client, _steps(context, client)),
         }
 
 
-@contextlib.contextmanager
-def _attach_contenders(context: Context) -> Iterator[Contenders]:
-    """gdb as a user starts it, up to its first prompt and out again."""
-    guest = guests.write_guest(context.folder, "halted", _HALTED)
-    with contextlib.ExitStack() as stack:
-        stub = stack.enter_context(stubs.pyvmm(guest))
-        contenders: Contenders = {PYVMM: functools.partial(_attach, stub)}
-        try:
-            qemu = stack.enter_context(stubs.qemu(context.folder, guest))
-            contenders[QEMU] = functools.partial(_attach, qemu)
-        except Unavailable as reason:
-            contenders[QEMU] = functools.partial(_raise, reason)
-        yield contenders
-
-
-def _attach(stub: Stub) -> Sample:
-    """Milliseconds that gdb takes to attach, stop at its prompt, detach and end."""
-    if shutil.which("gdb") is None:
-        raise Unavailable("no gdb (apt install gdb)")
-    command = ["gdb", "-nx", "-batch", "-ex", f"target remote 127.0.0.1:{stub.port}"]
-    start = time.perf_counter()
-    done = subprocess.run(
-        [*command, "-ex", "detach"], capture_output=True, text=True, check=False, timeout=60
-    )
-    wall = time.perf_counter() - start
-    if "detached" not in done.stdout:
-        raise RuntimeError(f"gdb: {done.stdout}{done.stderr}")
-    return Sample(wall * 1e3)
-
-
-_STOPS = 10  # a sample's value is their median
-_SETTLE = 0.05  # seconds for all vCPUs to be where they are going
-
-
-@contextlib.contextmanager
-def _stop_contenders(code: bytes, cpus: int, context: Context) -> Iterator[Contenders]:
-    """^C with `cpus` vCPUs, and `cpus` times as long as with one: what linear growth would be."""
-    guest = guests.write_guest(context.folder, f"many-{code.hex()}", code)
-    stops = context.scaled(_STOPS)
-    with contextlib.ExitStack() as stack:
-
-        def client_of(number: int) -> RspClient:
-            return stack.enter_context(
-                RspClient(stack.enter_context(stubs.pyvmm(guest, number)).port)
-            )
-
-        many = client_of(cpus)
-        contenders = {PYVMM: lambda: Sample(_stop_latency(many, stops))}
-        if cpus > 1:
-            one = client_of(1)
-            contenders[_linear(cpus)] = lambda: Sample(_stop_latency(one, stops) * cpus)
-        yield contenders
-
-
-def _linear(cpus: int) -> str:
-    return f"{cpus} x one"  # the contender's name
-
-
-def _stop_latency(client: RspClient, stops: int) -> float:
-    """Milliseconds from ^C to the stop reply."""
-    taken = []
-    for _ in range(stops):
-        client.send(b"vCont;c")
-        time.sleep(_SETTLE)
-        start = time.perf_counter()
-        client.interrupt()
-        taken.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(taken)
-
-
-def _stop_measure(state: str, code: bytes, cpus: int) -> Measure:
-    # When each of many spinning ones gets its turn is up to the host's scheduler.
-    goal = Goal(_linear(cpus), at_most=1) if cpus > 1 and code == _HALTED else None
-    if cpus == 64 and code == _HALTED:
-        goal = Goal(at_most=5)
-    return Measure(
-        f"stop-all-{state}-{cpus}",
-        "ms",
-        f"How long ^C takes until gdb is told that {cpus} {state} vCPU(s) have stopped.",
-        "a wake-up, or a signal, for each vCPU's thread, and their turns on the host's processors",
-        functools.partial(_stop_contenders, code, cpus),
-        goal,
-    )
-
-
-_ROUND_TRIP = "two processes that hand a packet to each other"
+ROUND_TRIP = "two processes that hand a packet to each other"
 _ONE_STEP = "KVM_SET_GUEST_DEBUG and KVM_RUN for each instruction"
 
 MEASURES = (
@@ -265,23 +218,30 @@ MEASURES = (
         "gdb-g",
         "packets/s",
         "How fast gdb gets all registers of a vCPU, as it does at each stop.",
-        _ROUND_TRIP,
-        functools.partial(_with_qemu, _all_registers),
+        ROUND_TRIP,
+        _with_qemu_and_echo,
         Goal(QEMU, at_least=1),
     ),
     Measure(
         "gdb-memory",
         "MB/s",
         "How fast gdb reads guest memory (dump memory, x, find), as hex.",
-        _ROUND_TRIP,
-        functools.partial(_with_qemu, _memory),
+        ROUND_TRIP,
+        functools.partial(_with_qemu, _memory_read),
         Goal(QEMU, at_least=5),
+    ),
+    Measure(
+        "gdb-memory-write",
+        "MB/s",
+        "How fast gdb writes guest memory (load, restore).",
+        ROUND_TRIP,
+        functools.partial(_with_qemu, _memory_write),
     ),
     Measure(
         "gdb-step",
         "steps/s",
         "How many instructions a second `stepi` executes, each with a stop reply.",
-        f"{_ONE_STEP}, and {_ROUND_TRIP}",
+        f"{_ONE_STEP}, and {ROUND_TRIP}",
         functools.partial(_with_qemu, _steps),
         Goal(QEMU, at_least=1),
     ),
@@ -296,22 +256,9 @@ MEASURES = (
     Measure(
         "gdb-breakpoint",
         "hits/s",
-        "How often a second a breakpoint can be hit and gone on from: what a condition costs.",
-        f"an exit and a step for each hit, and {_ROUND_TRIP} four times",
+        "How often a second a breakpoint can be hit and gone on from, whatever the debugger.",
+        f"an exit and a step for each hit, and {ROUND_TRIP} four times",
         functools.partial(_with_qemu, _breakpoint_hits),
         Goal(QEMU, at_least=1),
-    ),
-    Measure(
-        "gdb-attach",
-        "ms",
-        "How long gdb takes from pressing enter to its prompt, and to quit.",
-        "gdb's own start and end",
-        _attach_contenders,
-        Goal(QEMU, at_most=1),
-    ),
-    *(
-        _stop_measure(state, code, cpus)
-        for state, code in (("halted", _HALTED), ("spinning", _SPINNING))
-        for cpus in (1, 2, 8, 32, 64)
     ),
 )

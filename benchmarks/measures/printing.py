@@ -73,7 +73,7 @@ MEASURES = (
         "bytes/s",
         "The same on the serial port, for a guest that does not poll its line status.",
         _FLOOR,
-        functools.partial(_contenders, 0x3F8),
+        functools.partial(_contenders, guests.COM1),
         Goal(floor.FLOOR, at_least=3),
     ),
 )
