@@ -80,11 +80,10 @@ def checksum(data: bytes) -> int:
     plus one, modulo 65521, and 256 bytes cannot reach that modulus: so the Adler-32 of each 256
     bytes gives the same number at five times the speed (the high halves vanish modulo 256).
     """
-    if len(data) <= 64:
-        return sum(data) & 0xFF
     whole = len(data) // 256
     parts = struct.unpack_from("256s" * whole, data)  # slices, made in one go
-    return (sum(map(zlib.adler32, parts)) - whole + sum(data[256 * whole :])) & 0xFF
+    rest = zlib.adler32(data[256 * whole :])
+    return (sum(map(zlib.adler32, parts)) + rest - whole - 1) & 0xFF
 
 
 def escape(data: bytes) -> bytes:
@@ -141,10 +140,21 @@ def _expand_run(match: re.Match[bytes]) -> bytes:
     return byte * (1 + sum(counts) - 29 * len(counts))
 
 
+def _unescape(data: bytes) -> bytes:
+    """`}` and a byte become that byte XOR 0x20."""
+    first, *pieces = data.split(b"}")
+    if not all(pieces):  # an escaped `}` is a piece without bytes: rare, and done one by one
+        return _ESCAPED.sub(_unescape_byte, data)
+    return first + b"".join([_XORED[piece[0]] + piece[1:] for piece in pieces])
+
+
 def _unescape_byte(match: re.Match[bytes]) -> bytes:
     if not match[1]:
         raise _MalformedError
-    return bytes((match[1][0] ^ 0x20,))
+    return _XORED[match[1][0]]
+
+
+_XORED = [bytes((byte ^ 0x20,)) for byte in range(256)]
 
 
 def _decode(data: bytes) -> bytes:
@@ -158,7 +168,7 @@ def _decode(data: bytes) -> bytes:
         if len(data) > PACKET_SIZE:
             raise _TooLongError
     if b"}" in data:
-        data = _ESCAPED.sub(_unescape_byte, data)
+        data = _unescape(data)
     return data
 
 
