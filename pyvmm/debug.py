@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import errno
 import os
-import selectors
+import select
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,6 +45,7 @@ DEFAULT_HOST = "127.0.0.1"
 _CHUNK = 1 << 14
 _STOP_SECONDS = 5.0  # how long a stop may take before the user is told which vCPU is late
 _JOIN_SECONDS = 15.0
+_IN = select.POLLIN
 _MAX_REFUSED = 8  # connections that may wait to be refused
 
 
@@ -97,7 +99,8 @@ class DebugServer:
         self.machine = machine
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()  # guards: not written after it was closed
-        self._selector = selectors.PollSelector()  # epoll takes no files: stdin
+        self._poll = select.poll()  # not epoll: stdin may be a file
+        self._actions: dict[int, Callable[[], object]] = {}  # what to do when a descriptor is ready
         self._listener: socket.socket | None = None
         self._connection: Connection | None = None
         self._refused: list[socket.socket] = []  # to be told so and closed
@@ -109,13 +112,12 @@ class DebugServer:
         try:
             if str(address) != "stdio":
                 self._listener = _listen(address)
-                self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+                self._watch(self._listener, self._accept)
         except OSError:
-            self._selector.close()
             os.close(self._wake)
             raise
         self._address = address
-        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        self._watch(self._wake, self._on_wake)
         if wait:
             self.run_control.hold()
         self._wait = wait
@@ -176,7 +178,6 @@ class DebugServer:
             if self._address.path:
                 with suppress(FileNotFoundError):
                     os.unlink(self._address.path)
-        self._selector.close()
         with self._wake_lock:
             os.close(self._wake)
             self._wake = -1
@@ -192,17 +193,32 @@ class DebugServer:
     def _serve(self) -> None:
         try:
             while not self._finished.is_set():
-                for key, _ in self._selector.select(self._patience()):
-                    key.data()
+                for fd, _ in self._poll.poll(self._patience()):
+                    if fd in self._actions:  # else dropped by an event of the same round
+                        self._actions[fd]()
                 self._after_events()
             self._say_goodbye()
         except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
             self.machine.fail(error)
 
+    def _watch(
+        self,
+        fd: int | socket.socket | _StdioSocket,
+        action: Callable[[], object],
+        events: int = _IN,
+    ) -> None:
+        """Call `action` whenever `fd` is ready, or has failed."""
+        self._poll.register(fd, events)
+        self._actions[fd if isinstance(fd, int) else fd.fileno()] = action
+
+    def _unwatch(self, sock: socket.socket | _StdioSocket) -> None:
+        self._poll.unregister(sock)
+        del self._actions[sock.fileno()]
+
     def _patience(self) -> float | None:
-        """How long to wait for an event, in seconds: a stop that was claimed may get stuck."""
+        """How long to wait for an event, in ms: a stop that was claimed may get stuck."""
         owed = self._connection is not None and self._connection.stub.owes_reply
-        return _STOP_SECONDS if owed else None
+        return _STOP_SECONDS * 1000 if owed else None
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
@@ -262,7 +278,7 @@ class DebugServer:
             return
 
         def answer() -> None:
-            self._selector.unregister(sock)
+            self._unwatch(sock)
             self._refused.remove(sock)
             with sock, suppress(OSError):
                 if sock.recv(_CHUNK):
@@ -270,13 +286,13 @@ class DebugServer:
 
         sock.setblocking(False)
         self._refused.append(sock)
-        self._selector.register(sock, selectors.EVENT_READ, answer)
+        self._watch(sock, answer)
 
     def _connect(self, sock: socket.socket | _StdioSocket) -> None:
         self.run_control.attach()
         self._stop_is_complete()
         self._connection = Connection(sock, self.target)
-        self._selector.register(sock, selectors.EVENT_READ, self._on_bytes)
+        self._watch(sock, self._on_bytes)
 
     def _on_bytes(self) -> bool:
         """Deal with what the debugger has sent; False when it was nothing."""
@@ -299,15 +315,14 @@ class DebugServer:
         # While output is stuck nothing more is read: the debugger has to take its replies first.
         if blocked != connection.blocked:
             connection.blocked = blocked
-            events = selectors.EVENT_WRITE if blocked else selectors.EVENT_READ
-            self._selector.modify(connection.socket, events, self._on_bytes)
+            self._poll.modify(connection.socket, select.POLLOUT if blocked else _IN)
 
     def _drop(self) -> None:
         """The debugger is gone."""
         connection = self._connection
         assert connection is not None
         connection.flush()
-        self._selector.unregister(connection.socket)
+        self._unwatch(connection.socket)
         connection.socket.close()
         if connection.stub.session.phase not in (Phase.DETACHED, Phase.ENDED) or (
             connection.stub.session.phase is Phase.DETACHED and self.run_control.stop is not None
@@ -391,7 +406,7 @@ class _StdioSocket:
         self._in, self._out = os.dup(0), os.dup(1)
 
     def fileno(self) -> int:
-        """For the selector."""
+        """For poll()."""
         return self._in
 
     def setblocking(self, blocking: bool) -> None:
