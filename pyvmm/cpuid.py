@@ -15,6 +15,7 @@ from pyvmm import kvm
 _LEVEL_THREAD, _LEVEL_CORE = 1 << 8, 2 << 8  # leaf 0xB, ECX: the level's type
 _HTT = 1 << 28  # leaf 1, EDX: more than one logical processor in the package
 _TSC_DEADLINE = 1 << 24  # leaf 1, ECX: a mode of the LAPIC timer
+_HYPERVISOR = 1 << 31  # leaf 1, ECX: there are KVM's own leaves, from 0x40000000 on
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001, ECX: the same on AMD, as cores
 
 
@@ -40,7 +41,7 @@ def describe(cpuid: Any, vcpu_id: int, cpus: int, *, irqchip: bool) -> None:
     for entry in cpuid.entries[: cpuid.header.nent]:
         if entry.function == 1:
             entry.ebx = entry.ebx & 0x0000FFFF | min(cpus, 255) << 16 | (vcpu_id & 0xFF) << 24
-            entry.ecx = entry.ecx & ~_TSC_DEADLINE | _TSC_DEADLINE * irqchip
+            entry.ecx = entry.ecx & ~_TSC_DEADLINE | _TSC_DEADLINE * irqchip | _HYPERVISOR
             entry.edx = entry.edx & ~_HTT | _HTT * (cpus > 1)
         elif entry.function in (4, 0x8000001D) and entry.eax & 0x1F:  # a cache
             last_level = (entry.eax >> 5 & 7) >= 3
