@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -18,6 +18,8 @@ from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
 
 if TYPE_CHECKING:
     from pyvmm.debug import Address, DebugServer
+    from pyvmm.devices.virtio import VirtioDevice
+    from pyvmm.devices.virtio_console import VirtioConsole
     from pyvmm.screen import LiveScreen
     from pyvmm.trace import Tracer
 
@@ -136,7 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument(
-        "image", nargs="?", metavar="IMAGE", help="a flat binary or a static ELF file"
+        "image",
+        nargs="?",
+        metavar="IMAGE",
+        help="a flat binary, a static ELF file, a multiboot or Linux kernel",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -169,6 +174,17 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--module", action="append", default=[], metavar="'FILE args'",
         help="a file for a multiboot kernel; several times for several",
+    )  # fmt: skip
+    machine.add_argument(
+        "--initrd", metavar="FILE", help="the root file system that a Linux kernel begins with"
+    )
+    machine.add_argument(
+        "--disk", action="append", default=[], metavar="FILE[,ro]",
+        help="a virtio disk: a file of raw sectors; several times for several",
+    )  # fmt: skip
+    machine.add_argument(
+        "--console", choices=["serial", "virtio"], default="serial",
+        help="where keystrokes go: to COM1, or to a virtio console (Linux: console=hvc0)",
     )  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument(
@@ -280,22 +296,30 @@ def _run(arguments: argparse.Namespace) -> int:
         entry=arguments.entry,
         append=arguments.append,
         modules=arguments.module,
+        initrd=arguments.initrd,
     )
     # With the debugger on stdin and stdout, the guest's output goes to stderr.
     stdio = str(arguments.gdb) == "stdio"
     output = Output(2 if stdio else 1)
     live = arguments.screen and not stdio and _is_screen(1)
     kept = KeptOutput(output)
+    print_output = kept if live else output
+    console = (
+        _virtio_console(print_output, lambda: machine.wake())
+        if arguments.console == "virtio"
+        else None
+    )
     try:
         with Machine(
             image,
             cpus=arguments.cpus,
             memory=arguments.memory,
-            output=kept if live else output,
+            output=print_output,
             device=arguments.device,
             coalesce=not arguments.trace,  # a trace shows each byte
             irqchip={"auto": None, "on": True, "off": False}[arguments.irqchip],
             reboot=not arguments.no_reboot,
+            virtio=_virtio_devices(arguments.disk, console, entropy=bool(arguments.disk or arguments.initrd)),
         ) as machine:
             machine.on_hurry(output.stop)
             tracer = _trace(machine) if arguments.trace else None
@@ -303,7 +327,7 @@ def _run(arguments: argparse.Namespace) -> int:
             try:
                 with _live_screen(machine) if live else nullcontext():
                     stop, signal_number = _run_until_signal(
-                        machine, arguments.timeout, not stdio, arguments.screen
+                        machine, arguments.timeout, not stdio, arguments.screen, console
                     )
                 kept.print()
                 if arguments.screen:
@@ -317,6 +341,39 @@ def _run(arguments: argparse.Namespace) -> int:
                     server.close()
     finally:
         output.close()
+
+
+def _virtio_console(
+    transmit: Callable[[bytes], None], on_room: Callable[[], None]
+) -> VirtioConsole:
+    from pyvmm.devices.virtio_console import VirtioConsole
+
+    size = os.get_terminal_size(1) if os.isatty(1) else os.terminal_size((80, 25))
+    return VirtioConsole(transmit, on_room, size.columns or 80, size.lines or 25)
+
+
+def _virtio_devices(
+    disks: Sequence[str], console: VirtioConsole | None, *, entropy: bool
+) -> list[VirtioDevice]:
+    """Those that the user asked for, and a source of `entropy` for who has drivers for them."""
+    devices: list[VirtioDevice] = []
+    try:
+        for argument in disks:
+            from pyvmm import disk
+            from pyvmm.devices.virtio_blk import VirtioBlk
+
+            devices.append(VirtioBlk(disk.parse(argument)))
+    except BaseException:
+        for device in devices:
+            device.close()
+        raise
+    if console is not None:
+        devices.append(console)
+    if entropy:
+        from pyvmm.devices.virtio_rng import VirtioRng
+
+        devices.append(VirtioRng())
+    return devices
 
 
 def _is_screen(fd: int) -> bool:
@@ -354,7 +411,11 @@ def _trace(machine: Machine) -> Tracer:
 
 
 def _run_until_signal(
-    machine: Machine, timeout: float | None, input_is_ours: bool, to_keyboard: bool
+    machine: Machine,
+    timeout: float | None,
+    input_is_ours: bool,
+    to_keyboard: bool,
+    console: VirtioConsole | None,
 ) -> tuple[Stop, int | None]:
     """Run with keystrokes going to the guest; the signal that ended it, if one did."""
     received: list[int] = []
@@ -370,7 +431,7 @@ def _run_until_signal(
     try:
         with RawTerminal(0 if input_is_ours else -1):
             if input_is_ours and sys.stdin is not None:
-                machine.connect_input(0, keyboard=to_keyboard)
+                machine.connect_input(0, keyboard=to_keyboard, console=console)
             stop = machine.run(timeout)
     finally:
         signal.set_wakeup_fd(previous_fd)

@@ -17,9 +17,9 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pyvmm import exits, kvm, threads, vcpu
 from pyvmm.boot import Image, check_fits, finish_image, layout, read_image
@@ -38,8 +38,10 @@ from pyvmm.stop import Stop, StopReason
 
 if TYPE_CHECKING:
     from pyvmm.debug import DebugServer
+    from pyvmm.devices.virtio import VirtioDevice
     from pyvmm.idle import IdleWatch
     from pyvmm.screen import Screen
+    from pyvmm.virtio_bus import VirtioBus
 
 DEFAULT_MEMORY = 64 << 20  # bytes
 MIN_MEMORY, MAX_MEMORY = 1 << 20, 64 << 40
@@ -49,6 +51,16 @@ _PATIENCE_SECONDS = 0.5  # how long a vCPU may be busy with output before it is 
 _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
 _KEYS = 64  # bytes to read from a terminal at a time: the sequence of a key is not torn apart
 _LOOK_SECONDS = 0.1  # how often to look whether all vCPUs wait for good, where KVM does not say
+
+
+class Receiver(Protocol):
+    """A device that input can go to."""
+
+    def room(self) -> int:
+        """How many bytes it can take now."""
+
+    def receive(self, data: bytes) -> int:
+        """Take some."""
 
 
 class Machine:
@@ -70,6 +82,7 @@ class Machine:
         coalesce: bool = True,
         irqchip: bool | None = None,
         reboot: bool = True,
+        virtio: Sequence[VirtioDevice] = (),
     ) -> None:
         """Build a machine that is ready to run `image` (a path, or what read_image() returned).
 
@@ -79,6 +92,7 @@ class Machine:
         than the first wait for INIT and SIPI.  None: where there are several vCPUs, or the image
         expects it.  Without, all vCPUs begin at the image's entry, with their number in EDI.
         `reboot=False`: when the guest asks for a reset the machine ends instead.
+        `virtio` are further devices, which need the irqchip; the machine closes them.
         Raises ImageError, ValueError for impossible numbers, OSError when KVM refuses.
         """
         if not isinstance(image, Image):
@@ -88,9 +102,11 @@ class Machine:
         if memory < MIN_MEMORY or memory % 4096 or memory > MAX_MEMORY:
             raise ValueError(f"{memory} bytes of memory: 1M to 64T, in whole pages of 4K")
         if irqchip is None:
-            irqchip = image.expects_pc or cpus > 1
+            irqchip = image.expects_pc or cpus > 1 or bool(virtio)
         if image.expects_pc and cpus > 1 and not irqchip:
             raise ValueError(f"{image.name}: several vCPUs of a {image.kind} need the irqchip")
+        if virtio and not irqchip:
+            raise ValueError("virtio devices need the irqchip")
         check_stacks(image.mode, 1 if irqchip else cpus)
         self.image, self.cpus, self._reboot = image, cpus, reboot
         self.ports, self.mmio = Bus("port"), Bus("GPA")
@@ -105,6 +121,7 @@ class Machine:
         self._interrupted = False
         self._reset_wanted = False  # set while all vCPUs are held
         self._idle: IdleWatch | None = None
+        self._virtio: VirtioBus | None = None
         self._wake, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._input: int | None = None
         self._input_is_typed = False
@@ -116,14 +133,16 @@ class Machine:
             self.vm = VM(device=device, cpus=cpus, irqchip=irqchip)
         except OSError:
             self._close_wake_pipe()
+            _close_all(virtio)
             raise
         try:
-            self._build(memory, coalesce)
+            self._build(memory, coalesce, virtio)
         except BaseException:
             self.close()
+            _close_all(virtio)
             raise
 
-    def _build(self, memory: int, coalesce: bool) -> None:
+    def _build(self, memory: int, coalesce: bool, virtio: Sequence[VirtioDevice]) -> None:
         ram = _ram_ranges(memory)
         self._loaded = finish_image(self.image, ram)
         reserved = RESERVED[self.image.mode]
@@ -148,6 +167,16 @@ class Machine:
         self.pc = Pc(
             self.ports, wiring, Facts(low, high, self.cpus, os.fsencode(self.image.append))
         )
+        if virtio:
+            from pyvmm.virtio_bus import VirtioBus
+
+            ioeventfd = self.vm.handle.ioeventfd if coalesce else None
+            self._virtio = VirtioBus(
+                self.mmio, self.vm.memory, self.vm.set_irq, ioeventfd, self.fail
+            )
+            for device in virtio:
+                self._virtio.add(device, type(device).__name__)
+        self._receiver: Receiver = self.pc.serial
         self._load()
         if coalesce and self.vm.coalesced_pio:
             self._coalesced = CoalescedPorts(
@@ -163,17 +192,19 @@ class Machine:
     def _load(self) -> None:
         """Put the image into memory, which is all zeros, and the vCPUs at its entry."""
         image, memory = self._loaded, self.vm.memory
-        write_boot_structures(memory, image.mode)
+        write_boot_structures(memory, image.mode, image.selectors)
         memory.write(TEXT_GPA, BLANK_SCREEN)
         if self.vm.irqchip:
             from pyvmm.boot.tables import write_tables
 
-            write_tables(memory, self.cpus)
+            write_tables(memory, self.cpus, self._virtio.places() if self._virtio else ())
         for segment in image.segments:
             memory.write(segment.gpa, segment.data)
         for vcpu_id in range(1 if self.vm.irqchip else self.cpus):
             handle = self.vm.handle_of(vcpu_id)
-            set_entry_state(handle, vcpu_id, image.mode, image.entry, image.registers)
+            set_entry_state(
+                handle, vcpu_id, image.mode, image.entry, image.registers, image.selectors
+            )
 
     def _send_at_once(self, wanted: bool) -> None:
         """A driver that waits for an interrupt after each byte gets it when the byte is sent."""
@@ -275,7 +306,7 @@ class Machine:
     def _wait_for_wake(self, seconds: float | None) -> None:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        room = _KEYS if self._input_is_typed else self.pc.serial.room()
+        room = _KEYS if self._input_is_typed else self._receiver.room()
         if self._input is not None and room:
             poll.register(self._input, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
@@ -293,16 +324,19 @@ class Machine:
         if self._input_is_typed:
             self.pc.keyboard.type_bytes(data)
         else:
-            self.pc.serial.receive(data)
+            self._receiver.receive(data)
         if not data:
             self._input = None
 
-    def connect_input(self, fd: int, *, keyboard: bool = False) -> None:
-        """Let what can be read from `fd` reach the guest while run() waits: at COM1, or `keyboard`.
+    def connect_input(
+        self, fd: int, *, keyboard: bool = False, console: Receiver | None = None
+    ) -> None:
+        """Let what can be read from `fd` reach the guest while run() waits.
 
-        The keyboard is an American one, and `fd` a terminal's.
+        At COM1; at another `console`; or on the `keyboard`, an American one, from a terminal.
         """
         self._input, self._input_is_typed = fd, keyboard
+        self._receiver = console or self.pc.serial
 
     def interrupt(self) -> None:
         """Make run() return.  From any thread, or from a signal handler: takes no lock."""
@@ -347,6 +381,8 @@ class Machine:
             return
         self._reset_wanted = False  # all who could ask for this one are out
         self.drain_output()
+        if self._virtio is not None:
+            self._virtio.reset()  # and from now on writes no more into memory
         self.vm.memory.clear()
         self.vm.reset()
         self.pc.reset()
@@ -459,6 +495,8 @@ class Machine:
             self._coalesced.close()
         if self._idle is not None:
             self._idle.close()
+        if self._virtio is not None and (late := self._virtio.close(_JOIN_SECONDS)):
+            raise _did_not_stop(late)
         self.vm.close()
         self._close_wake_pipe()
 
@@ -546,6 +584,11 @@ def _did_not_stop(names: list[str]) -> RuntimeError:
 
 def _nothing() -> None:
     pass
+
+
+def _close_all(devices: Sequence[VirtioDevice]) -> None:
+    for device in devices:
+        device.close()
 
 
 def _ram_ranges(memory: int) -> list[tuple[int, int]]:

@@ -141,6 +141,65 @@ def test_aml_integers_are_operators_or_have_a_prefix() -> None:
     assert acpi._aml_package(0, 1, 5) == bytes((0x12, 6, 3, 0x00, 0x01, 0x0A, 5))
 
 
+VIRTIO = [(0xD000_0000 + 0x200 * n, 0x200, 16 + n) for n in range(8)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_acpi_tells_where_virtio_devices_are(count: int) -> None:
+    """By the bytes; that a kernel's interpreter understands them shows when Linux boots."""
+    memory = Memory()
+    memory.write(0xE_0000, acpi.tables(0xE_0000, 2, VIRTIO[:count]))
+    aml = acpi_tables(memory)[b"DSDT"][36:]
+    assert aml.startswith(b"\x08_S5_\x12\x06\x04\0\0\0\0\x10")
+    name, devices = aml_sized(aml[13:], 5)
+    assert name == b"\\_SB_"
+    for number, (gpa, size, gsi) in enumerate(VIRTIO[:count]):
+        assert devices[:2] == b"\x5b\x82"
+        length = len(devices[2:]) - len(after_sized(devices[2:]))
+        name, body = aml_sized(devices[2 : 2 + length], 4)
+        assert name == b"VR%02d" % number
+        unique = bytes((number,)) if number < 2 else bytes((0x0A, number))
+        resources = (
+            struct.pack("<BHBII", 0x86, 9, 1, gpa, size)  # memory: it can be written
+            + struct.pack("<BHBBI", 0x89, 6, 0b0011, 1, gsi)  # consumer, edge, high, exclusive
+            + b"\x79\0"
+        )
+        assert len(resources) == 23
+        expected = b"\x08_HID\x0dLNRO0005\0" + b"\x08_UID" + unique + b"\x08_CRS\x11"
+        expected += bytes((len(resources) + 3, 0x0A, len(resources))) + resources
+        assert body == expected
+        devices = devices[2 + length :]
+    assert devices == b""
+
+
+def aml_length(aml: bytes) -> tuple[int, int]:
+    """The length at the beginning, and how many bytes say it."""
+    more = aml[0] >> 6
+    if not more:
+        return aml[0], 1
+    return aml[0] & 0xF | int.from_bytes(aml[1 : 1 + more], "little") << 4, 1 + more
+
+
+def aml_sized(aml: bytes, name_size: int) -> tuple[bytes, bytes]:
+    """The name and the rest of what begins with its length, and is all there is."""
+    length, size = aml_length(aml)
+    assert length == len(aml)
+    return aml[size : size + name_size], aml[size + name_size :]
+
+
+def after_sized(aml: bytes) -> bytes:
+    """What is behind that which begins with its length."""
+    return aml[aml_length(aml)[0] :]
+
+
+@pytest.mark.parametrize("size", [0, 62, 63, 64, 4000])
+def test_aml_lengths_count_themselves(size: int) -> None:
+    body = bytes(size)
+    sized = acpi._aml_sized(body)
+    assert aml_length(sized)[0] == len(sized)
+    assert sized[aml_length(sized)[1] :] == body
+
+
 def test_the_facs_has_its_length_and_an_unlocked_lock() -> None:
     facs = acpi_tables(firmware(1))[b"FACS"]
     assert struct.unpack_from("<4sIIII", facs) == (b"FACS", 64, 0, 0, 0)

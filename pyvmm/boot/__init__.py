@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pyvmm.boot import elf, flat, multiboot
+from pyvmm.boot import elf, flat, linux, multiboot, pvh
 from pyvmm.boot.image import (
     GIB,
     Image,
@@ -43,15 +43,23 @@ __all__ = [
 
 
 class BootProtocol(NamedTuple):
-    """A kind of file: `recognise(contents)` tells one, `load(name, contents, options)` reads it."""
+    """A kind of file: `recognise(contents)` tells one, `load(name, contents, options)` reads it.
+
+    Some guests can be given other files with it: modules, or an initrd.
+    """
 
     name: str
     recognise: Callable[[bytes], bool]
     load: Callable[[str, bytes, LoadOptions], Image]
+    takes_modules: bool = False
+    takes_initrd: bool = False
 
 
 PROTOCOLS = (
-    BootProtocol("multiboot", multiboot.recognise, multiboot.load),  # mostly ELF files
+    BootProtocol("Linux", linux.recognise, linux.load, takes_initrd=True),
+    # These two are ELF files, mostly.
+    BootProtocol("multiboot", multiboot.recognise, multiboot.load, takes_modules=True),
+    BootProtocol("PVH", pvh.recognise, pvh.load, takes_initrd=True),
     BootProtocol("ELF", elf.recognise, elf.load),
     BootProtocol("flat binary", flat.recognise, flat.load),  # takes anything: the last one
 )
@@ -67,28 +75,37 @@ def read_image(
     entry: int | None = None,
     append: str = "",
     modules: Sequence[str] = (),
+    initrd: str | os.PathLike[str] | None = None,
 ) -> Image:
     """Read the guest in the file `path`; `load` and `entry` are gpas, None where not asked for.
 
     `append` is the guest's command line. Each of `modules` is a file for the guest, "FILE args":
-    the first space ends the file's name, and the guest gets all of it.
+    the first space ends the file's name, and the guest gets all of it. `initrd` is the file with
+    the root file system that Linux begins with.
     Raises ImageError, with a message of one line, when a file cannot be read or used.
     """
     name = _shown(os.fspath(path))
     contents = _read_file(os.fspath(path), name, "guest image")
     protocol = next(protocol for protocol in PROTOCOLS if protocol.recognise(contents))
     image = protocol.load(name, contents, LoadOptions(mode, load, entry))
-    if modules and image.finish is None:
+    if modules and not protocol.takes_modules:
         raise ImageError(
             f"{name}: this {image.kind} file cannot be given modules; only a multiboot kernel can"
         )
-    return image._replace(append=append, modules=tuple(map(_read_module, modules)))
+    if initrd is not None and not protocol.takes_initrd:
+        raise ImageError(
+            f"{name}: this {image.kind} file cannot be given an initrd; only a Linux kernel can"
+        )
+    return image._replace(
+        append=append,
+        modules=tuple(_read_module(string.split(" ", 1)[0], string) for string in modules),
+        initrd=None if initrd is None else _read_module(os.fspath(initrd), "", "Linux initrd"),
+    )
 
 
-def _read_module(string: str) -> Module:
-    path = string.split(" ", 1)[0]
+def _read_module(path: str, string: str, what: str = "module") -> Module:
     name = _shown(path)
-    return Module(name, string, _read_file(path, name, "module"))
+    return Module(name, string, _read_file(path, name, what))
 
 
 def _shown(path: str) -> str:

@@ -5,16 +5,18 @@ RSDT with 32-bit addresses, XSDT with 64-bit ones). The others: the FADT has the
 management, the MADT the local APICs and the IOAPIC, the FACS is only there because it must be, and
 the DSDT holds AML, ACPI's bytecode.
 
-The DSDT is minimal: it says with which sleep type a write to PM1a control powers off. Devices are
-where every PC has them, and are not described.
+The DSDT is minimal: it says with which sleep type a write to PM1a control powers off, and where the
+virtio devices are. Other devices are where every PC has them, and are not described.
 
 Source: ACPI specification 6.5, chapter 5 "ACPI Software Programming Model" for the tables, in the
-versions that ACPI 2.0 has of them; "AML Grammar Definition" for the DSDT.
+versions that ACPI 2.0 has of them; "AML Grammar Definition" and "Resource Data Types for ACPI" for
+the DSDT. That LNRO0005 is a virtio device in memory is in Linux's drivers/virtio/virtio_mmio.c.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from pyvmm.boot.layout import IOAPIC_GPA, LOCAL_APIC_GPA, Area
 from pyvmm.devices.pm import (
@@ -51,15 +53,18 @@ NO_C2, NO_C3 = 101, 1001  # a latency, in microseconds, so long that the state d
 MADT_LOCAL_APIC, MADT_IOAPIC, MADT_OVERRIDE, MADT_LOCAL_NMI = 0, 1, 2, 4
 HAS_PIC, CPU_ENABLED, ALL_CPUS = 1, 1, 0xFF
 
+MmioDevice = tuple[int, int, int]  # GPA, bytes, interrupt (GSI)
+
 _OEM_ID = b"PYVMM "
 _TABLE_HEADER = struct.Struct("<4sIBB6s8sI4sI")
 _RSDP_V1, _RSDP_V2 = struct.Struct("<8sB6sBI"), struct.Struct("<IQB3x")
 
 
-def tables(gpa: int, cpus: int) -> bytes:
+def tables(gpa: int, cpus: int, virtio: Sequence[MmioDevice] = ()) -> bytes:
     """All tables for `cpus` processors, as bytes for `gpa`, which the RSDP is at.
 
     A kernel looks for the RSDP at each multiple of 16 in 0xE0000..0xFFFFF.
+    `virtio` says where the virtio devices are.
     Raises ValueError for more processors than the tables can name.
     """
     if cpus > MAX_CPUS:
@@ -67,7 +72,7 @@ def tables(gpa: int, cpus: int) -> bytes:
     rsdp_bytes = _RSDP_V1.size + _RSDP_V2.size
     area = Area(gpa + rsdp_bytes)
     facs_gpa = area.add(_facs(), alignment=64)
-    fadt_gpa = area.add(_fadt(facs_gpa, dsdt_gpa=area.add(_dsdt())))
+    fadt_gpa = area.add(_fadt(facs_gpa, dsdt_gpa=area.add(_dsdt(virtio))))
     madt_gpa = area.add(_madt(cpus))
     rsdt = _table(b"RSDT", 1, struct.pack("<2I", fadt_gpa, madt_gpa))
     xsdt = _table(b"XSDT", 1, struct.pack("<2Q", fadt_gpa, madt_gpa))
@@ -157,29 +162,72 @@ def _madt(cpus: int) -> bytes:
 
 # --- AML -----------------------------------------------------------------------------------------
 
-NAME_OP, PACKAGE_OP, BYTE_PREFIX, ZERO_OP, ONE_OP = 0x08, 0x12, 0x0A, 0x00, 0x01
+ZERO_OP, ONE_OP, NAME_OP, BYTE_PREFIX, STRING_PREFIX = 0x00, 0x01, 0x08, 0x0A, 0x0D
+SCOPE_OP, BUFFER_OP, PACKAGE_OP, EXTENDED_PREFIX, DEVICE_OP = 0x10, 0x11, 0x12, 0x5B, 0x82
+SYSTEM_BUS = b"\\_SB_"
+
+# Resource descriptors, and bits in them.
+MEMORY_32_FIXED, EXTENDED_INTERRUPT, END_TAG = 0x86, 0x89, 0x79
+READ_WRITE = 1
+CONSUMER, EDGE, ACTIVE_HIGH, EXCLUSIVE = 1 << 0, 1 << 1, 0 << 2, 0 << 3
 
 
-def _dsdt() -> bytes:
-    r"""Differentiated System Description Table: `Name (\_S5, Package () {type, type, 0, 0})`.
+def _dsdt(virtio: Sequence[MmioDevice]) -> bytes:
+    r"""Differentiated System Description Table.
+
+        Name (\_S5, Package () {type, type, 0, 0})
+        Scope (\_SB) {
+            Device (VR00) {...}
+        }
 
     The types are those for PM1a and PM1b control; the rest of the package is reserved.
     """
-    values = (S5_SLEEP_TYPE, S5_SLEEP_TYPE, 0, 0)
-    return _table(b"DSDT", 2, _aml_name(b"_S5_", _aml_package(*values)))
+    aml = _aml_name(b"_S5_", _aml_package(S5_SLEEP_TYPE, S5_SLEEP_TYPE, 0, 0))
+    if virtio:
+        devices = (_virtio_device(number, *place) for number, place in enumerate(virtio))
+        aml += bytes((SCOPE_OP,)) + _aml_sized(SYSTEM_BUS + b"".join(devices))
+    return _table(b"DSDT", 2, aml)
+
+
+def _virtio_device(number: int, gpa: int, size: int, gsi: int) -> bytes:
+    """Device (VR00) {Name (_HID, "LNRO0005") Name (_UID, 0) Name (_CRS, resources)}."""
+    memory = struct.pack("<BHBII", MEMORY_32_FIXED, 9, READ_WRITE, gpa, size)
+    flags = CONSUMER | EDGE | ACTIVE_HIGH | EXCLUSIVE
+    interrupt = struct.pack("<BHBBI", EXTENDED_INTERRUPT, 6, flags, 1, gsi)
+    end = struct.pack("<BB", END_TAG, 0)  # without a checksum
+    body = (
+        b"VR%02d" % number
+        + _aml_name(b"_HID", bytes((STRING_PREFIX,)) + b"LNRO0005\0")
+        + _aml_name(b"_UID", _aml_byte(number))
+        + _aml_name(b"_CRS", _aml_buffer(memory + interrupt + end))
+    )
+    return bytes((EXTENDED_PREFIX, DEVICE_OP)) + _aml_sized(body)
 
 
 def _aml_name(name: bytes, value: bytes) -> bytes:
-    """The object `name`, four characters, in the scope that the table begins with, the root."""
+    """The object `name`, four characters, in the scope that it is in."""
     return bytes((NAME_OP,)) + name + value
 
 
 def _aml_package(*values: int) -> bytes:
-    """A package of integers below 256: length of the rest with itself, count, and elements."""
-    body = bytes((len(values),)) + b"".join(map(_aml_byte, values))
+    """A package of integers below 256: their number, and each of them."""
+    return bytes((PACKAGE_OP,)) + _aml_sized(
+        bytes((len(values),)) + b"".join(map(_aml_byte, values))
+    )
+
+
+def _aml_buffer(data: bytes) -> bytes:
+    """A buffer of less than 256 bytes."""
+    return bytes((BUFFER_OP,)) + _aml_sized(_aml_byte(len(data)) + data)
+
+
+def _aml_sized(body: bytes) -> bytes:
+    """The length of it all, with the 1 or 2 bytes (for up to 4095) of the length, and the body."""
     size = len(body) + 1
-    assert size < 64  # longer ones have several bytes for it
-    return bytes((PACKAGE_OP, size)) + body
+    if size < 1 << 6:
+        return bytes((size,)) + body
+    size += 1
+    return bytes((1 << 6 | size & 0xF, size >> 4)) + body
 
 
 def _aml_byte(value: int) -> bytes:

@@ -40,7 +40,7 @@ _NOT_EXECUTABLE = {
     ET_CORE: "a core dump, not a program",
 }
 
-PT_LOAD, PT_INTERP = 1, 3
+PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
 
 # A kernel has around ten. With 0xFFFF (PN_XNUM) the real number would be in the section headers.
 MAX_PROGRAM_HEADERS = 256
@@ -49,7 +49,7 @@ MAX_PROGRAM_HEADERS = 256
 class _Class(NamedTuple):
     """How the 32-bit and the 64-bit format differ: what each header looks like, and what it means.
 
-    The structs yield the fields of `_FileHeader` and `_ProgramHeader` and skip all others. So one
+    The structs yield the fields of `_FileHeader` and `ProgramHeader` and skip all others. So one
     order fits both formats, although the program header's p_flags is in a different place.
     """
 
@@ -84,7 +84,7 @@ _CLASSES = {
 }
 
 
-class _ProgramHeader(NamedTuple):
+class ProgramHeader(NamedTuple):
     """What a program header says that matters here, with the gABI's names (without their `p_`)."""
 
     type: int
@@ -136,6 +136,12 @@ def load(name: str, contents: bytes, options: LoadOptions) -> Image:
     return image
 
 
+def program_headers(name: str, contents: bytes) -> list[ProgramHeader]:
+    """The program header table of a static executable. Raises ImageError for every other file."""
+    elf_class = _class_of(name, contents)
+    return _program_headers(name, contents, elf_class, _file_header(name, contents, elf_class))
+
+
 def _class_of(name: str, contents: bytes) -> _Class:
     """The format of the file by e_ident: only little-endian ELF32 and ELF64 go on."""
     if len(contents) <= EI_DATA:
@@ -182,7 +188,7 @@ def _wrong_machine(machine: int, elf_class: _Class) -> str:
 
 def _program_headers(
     name: str, contents: bytes, elf_class: _Class, file_header: _FileHeader
-) -> list[_ProgramHeader]:
+) -> list[ProgramHeader]:
     """Read the program header table; raise ImageError where it contradicts itself or the file."""
     entry_bytes = elf_class.program_header.size
     if file_header.phoff + file_header.phnum * entry_bytes > len(contents):
@@ -190,7 +196,7 @@ def _program_headers(
     headers = []
     for index in range(file_header.phnum):
         offset = file_header.phoff + index * entry_bytes
-        header = _ProgramHeader._make(elf_class.program_header.unpack_from(contents, offset))
+        header = ProgramHeader._make(elf_class.program_header.unpack_from(contents, offset))
         if header.type == PT_INTERP:
             raise ImageError(
                 f"{name}: a dynamically linked program for an operating system; "
@@ -202,7 +208,7 @@ def _program_headers(
     return headers
 
 
-def _check_load(where: str, file_bytes: int, elf_class: _Class, header: _ProgramHeader) -> None:
+def _check_load(where: str, file_bytes: int, elf_class: _Class, header: ProgramHeader) -> None:
     """Raise ImageError unless the segment's bytes are in the file and its addresses exist."""
     if header.offset + header.filesz > file_bytes:
         raise ImageError(
@@ -221,7 +227,7 @@ def _check_load(where: str, file_bytes: int, elf_class: _Class, header: _Program
         )
 
 
-def _check_no_overlap(name: str, loads: Sequence[_ProgramHeader]) -> None:
+def _check_no_overlap(name: str, loads: Sequence[ProgramHeader]) -> None:
     """Raise ImageError if two segments, which are sorted by physical address, share a byte."""
     for lower, upper in pairwise(loads):
         if lower.paddr + lower.memsz > upper.paddr:
@@ -233,7 +239,7 @@ def _check_no_overlap(name: str, loads: Sequence[_ProgramHeader]) -> None:
 
 
 def _check_options(
-    name: str, elf_class: _Class, loads: Sequence[_ProgramHeader], options: LoadOptions
+    name: str, elf_class: _Class, loads: Sequence[ProgramHeader], options: LoadOptions
 ) -> None:
     """Raise ImageError if the user asks for what the file contradicts. Only --entry can differ."""
     if options.mode not in (None, elf_class.mode):
@@ -248,7 +254,7 @@ def _check_options(
         )
 
 
-def _physical_entry(entry: int, loads: Sequence[_ProgramHeader]) -> int:
+def _physical_entry(entry: int, loads: Sequence[ProgramHeader]) -> int:
     """Where the code at e_entry is when the guest starts, as a gpa.
 
     The gABI makes e_entry a virtual address. A kernel that is linked high has it there, but starts

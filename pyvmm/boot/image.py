@@ -58,7 +58,7 @@ class Segment(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A file that is put into memory for the guest: `--module 'FILE args'`.
+    """A file that is put into memory for the guest: `--module 'FILE args'`, or `--initrd FILE`.
 
     `name` is the file as error messages show it, `string` what the user wrote, for the guest.
     """
@@ -72,16 +72,25 @@ class Module(NamedTuple):
 RamRanges = Sequence[tuple[int, int]]
 
 
+class Selectors(NamedTuple):
+    """Where the GDT that a guest starts with has which segment: three of 0x08, 0x10 and 0x18."""
+
+    code64: int = 0x08
+    data: int = 0x10
+    code32: int = 0x18
+
+
 class Image(NamedTuple):
     """A guest to start: its `segments`, which do not overlap, and the gpa of its first instruction.
 
     `kind` is the boot protocol in words ("ELF64"), `name` the file as error messages show it.
-    `append` and `modules` are what the user wants the guest to get besides.
+    `append`, `modules` and `initrd` are what the user wants the guest to get besides.
 
     `expects_pc` is whether the protocol promises the machine that a PC's boot loader leaves behind:
     with interrupt controllers and the tables that describe them, and with one processor running,
-    which starts the others. `registers` are general registers and what the first processor
-    finds in them, by their names in `kvm_regs`; `finish` is the protocol's part of `finish_image`.
+    which starts the others. `registers` are what the first processor finds in registers, by their
+    names in `kvm_regs`, or `kvm_sregs` ("cr4"); `selectors` say the same of the segment registers,
+    and of the GDT. `finish` is the protocol's part of `finish_image`.
     """
 
     name: str
@@ -94,6 +103,8 @@ class Image(NamedTuple):
     expects_pc: bool = False
     registers: tuple[tuple[str, int], ...] = ()
     finish: Callable[[Image, RamRanges], Image] | None = None
+    initrd: Module | None = None
+    selectors: Selectors = Selectors()
 
 
 class LoadOptions(NamedTuple):

@@ -3,12 +3,13 @@
 The first megabyte of every PC, and so of a guest that expects one:
 
     0x00400  the BIOS data area
+    0x09000  what the boot protocol tells the guest, and points a register to
     0x9FC00  the extended BIOS data area (EBDA): the end of "base memory"
     0xA0000  the screen
     0xE0000  the firmware, and the tables that it leaves: see tables.py
 
-Below 640 KiB a guest also finds what entry.py and its boot protocol put there. Above 1 MiB there is
-nothing but RAM, up to the hole for devices below 4 GiB.
+Below 640 KiB a guest also finds what entry.py puts there. Above 1 MiB there is nothing but RAM, up
+to the hole for devices below 4 GiB.
 
 Source: ACPI specification, "System Address Map Interfaces", for the map; the rest is PC tradition.
 """
@@ -17,11 +18,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pyvmm.boot.image import MIB, RamRanges
+from pyvmm.boot.image import MIB, Image, ImageError, RamRanges, Segment
 
 BIOS_DATA_GPA, BIOS_DATA_BYTES = 0x400, 0x100
+# Low, where a kernel that takes all memory after itself for free does not overwrite it.
+INFORMATION_GPA, INFORMATION_BYTES = 0x9000, 0x7000
 EBDA_GPA, EBDA_BYTES = 0x9_FC00, 0x400
 FIRMWARE_GPA, FIRMWARE_BYTES = 0xE_0000, 0x2_0000
+RSDP_GPA = FIRMWARE_GPA  # the pointer to the ACPI tables, which follow it
 IOAPIC_GPA, LOCAL_APIC_GPA = 0xFEC0_0000, 0xFEE0_0000
 
 # What an image must not overlap in a PC, as check_fits() takes it: GPA, bytes, name.
@@ -71,3 +75,34 @@ class Area:
         gpa = self.gpa + len(self.data)
         self.data += piece
         return gpa
+
+
+PAGE_BYTES = 4096
+
+
+def place_initrd(
+    image: Image, ram_ranges: RamRanges, lowest_gpa: int, end_gpa: int
+) -> Segment | None:
+    """The initrd of `image` as high as there is RAM below `end_gpa`, in pages of its own.
+
+    None where there is none. `lowest_gpa`: what a kernel needs for itself ends here.
+    Raises ImageError when it does not fit between.
+    """
+    if image.initrd is None:
+        return None
+    (_, low_bytes), *_ = ram_ranges
+    size = len(image.initrd.contents)
+    gpa = (min(low_bytes, end_gpa) - size) // PAGE_BYTES * PAGE_BYTES
+    segment = Segment(gpa, image.initrd.contents, size, f"initrd {image.initrd.name}")
+    if gpa >= lowest_gpa:
+        return segment
+    needed_gpa = -(-lowest_gpa // PAGE_BYTES) * PAGE_BYTES + -(-size // PAGE_BYTES) * PAGE_BYTES
+    raise ImageError(
+        f"{image.name}: the {segment.what} ({size} bytes) does not fit between the kernel's end "
+        f"at {lowest_gpa:#x} and {min(low_bytes, end_gpa):#x}; "
+        + (
+            f"it needs -m {-(-needed_gpa // MIB)}M"
+            if low_bytes < needed_gpa <= end_gpa
+            else "this kernel cannot use more: make the initrd smaller"
+        )
+    )

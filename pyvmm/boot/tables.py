@@ -14,6 +14,7 @@ Reference, "Data Areas and ROM Tables".
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 from pyvmm.boot import acpi, mptable
 from pyvmm.boot.image import KIB
@@ -41,13 +42,15 @@ _BIOS_DATA = (
 )
 
 
-def write_tables(memory: GuestMemory, cpus: int) -> None:
+def write_tables(memory: GuestMemory, cpus: int, virtio: Sequence[acpi.MmioDevice] = ()) -> None:
     """Write all of it for a machine with `cpus` processors, whose APIC ids are 0, 1 and so on.
+
+    `virtio` says where the virtio devices are.
 
     Raises ValueError for more processors than the tables can name.
     """
     for offset, form, value in _BIOS_DATA:
         memory.write(BIOS_DATA_GPA + offset, struct.pack(form, value))
     memory.write(EBDA_GPA, bytes((EBDA_BYTES // KIB,)))
-    memory.write(RSDP_GPA, acpi.tables(RSDP_GPA, cpus))
+    memory.write(RSDP_GPA, acpi.tables(RSDP_GPA, cpus, virtio))
     memory.write(MP_POINTER_GPA, mptable.tables(MP_POINTER_GPA, cpus))
