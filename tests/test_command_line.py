@@ -145,6 +145,8 @@ EXPECTED: list[tuple[str, list[str], str, int]] = [
         r"ring 0: #GP at 0x\w+ with CS 0x1b, the end\n",
         0,
     ),
+    ("smp", ["-c", "2"], r"smp: starting (.*\n)+processors: 0x2\n(.*\n)+smp: ok\n", 0),
+    ("multiboot", ["--append", "test"], r"multiboot: hello\n(.*\n)+test: ok\n", 0),
 ]
 
 
@@ -157,7 +159,7 @@ def test_each_guest_does_what_its_readme_says(
     if suffix == ".elf":
         if guest == "hello16":
             return  # ELF knows no real mode
-        options = []
+        options = [] if "--mode" in options else options
     result = pyvmm(GUESTS / (guest + suffix), *options)
     found = re.fullmatch(output, result.stdout)
     assert found, result.stdout
