@@ -48,10 +48,6 @@ class _Interrupted(Exception):
     """A signal asked us to end."""
 
 
-class _UsageError(Exception):
-    """An argument that argparse could not judge."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run pyvmm with these arguments (sys.argv by default); returns the exit status."""
     parser = _parser()
@@ -319,7 +315,9 @@ def _run(arguments: argparse.Namespace) -> int:
             coalesce=not arguments.trace,  # a trace shows each byte
             irqchip={"auto": None, "on": True, "off": False}[arguments.irqchip],
             reboot=not arguments.no_reboot,
-            virtio=_virtio_devices(arguments.disk, console, entropy=bool(arguments.disk or arguments.initrd)),
+            virtio=_virtio_devices(
+                arguments.disk, console, entropy=bool(arguments.disk or arguments.initrd)
+            ),
         ) as machine:
             machine.on_hurry(output.stop)
             tracer = _trace(machine) if arguments.trace else None
@@ -363,9 +361,11 @@ def _virtio_devices(
             from pyvmm.devices.virtio_blk import VirtioBlk
 
             devices.append(VirtioBlk(disk.parse(argument)))
-    except BaseException:
+    except (OSError, ValueError) as error:
         for device in devices:
             device.close()
+        if isinstance(error, OSError):  # as with an image: a wrong argument, not a failed host
+            raise ValueError(f"{error.filename}: {error.strerror}") from None
         raise
     if console is not None:
         devices.append(console)

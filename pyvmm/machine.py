@@ -27,10 +27,10 @@ from pyvmm.boot.entry import RESERVED, check_stacks, set_entry_state, write_boot
 from pyvmm.bus import Bus, CallbackDevice
 from pyvmm.coalesced import CoalescedPorts, Drainer
 from pyvmm.cpustate import Register
+from pyvmm.debuggedset import ALL
 from pyvmm.devices.debugcon import DEBUGCON_PORT
 from pyvmm.devices.serial import COM1_PORT
 from pyvmm.devices.vga import BLANK_SCREEN, TEXT_GPA
-from pyvmm.debuggedset import ALL
 from pyvmm.hypervisor import VM
 from pyvmm.limits import ExitLimiter
 from pyvmm.pc import Facts, Pc, Wiring

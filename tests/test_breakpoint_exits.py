@@ -12,8 +12,8 @@ import pytest
 
 from pyvmm import exits
 from pyvmm.cpustate import Register
-from pyvmm.hostprobe import host
 from pyvmm.debuggedset import ALL
+from pyvmm.hostprobe import host
 from pyvmm.lab import CODE, DATA, HANDLERS, RAM, LabMode
 from pyvmm.vcpurecord import Capability
 from pyvmm.x86 import VECTOR_BP, VECTOR_UD

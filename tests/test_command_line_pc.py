@@ -14,6 +14,7 @@ from tests.test_command_line import ENVIRONMENT, PATIENCE, Terminal, flat, one_l
 
 pytestmark = [pytest.mark.process, pytest.mark.kvm]
 
+SMALL_DISK = "disk.img"  # in the working directory
 MULTIBOOT, SMP = GUESTS / "multiboot.elf", GUESTS / "smp.elf"
 
 # Real mode.  "RDY" on the screen; wait for the make code of the key A; "A" below; cli; hlt.
@@ -105,6 +106,18 @@ def test_a_live_screen_is_taken_down_by_a_signal(
         assert terminal.attributes() == terminal.before
 
 
+def test_a_kernel_without_a_driver_does_not_mind_virtio_devices(tmp_path: Path) -> None:
+    disk = tmp_path / SMALL_DISK
+    disk.write_bytes(bytes(512))
+    result = pyvmm(
+        MULTIBOOT, "--append", "test", "--disk", disk, "--disk", f"{MULTIBOOT.parent}/none,ro"
+    )
+    assert result.returncode == 2  # the second one does not exist, and the first is closed
+    result = pyvmm(MULTIBOOT, "--append", "test", "--disk", disk, "--console", "virtio")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("test: ok\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -115,9 +128,19 @@ def test_a_live_screen_is_taken_down_by_a_signal(
         ((MULTIBOOT, "--mode", "long"), "--mode"),
         ((MULTIBOOT, "--irqchip", "maybe"), "--irqchip"),
         ((MULTIBOOT, "--append", "x" * 40_000), "shorter command line"),
+        ((MULTIBOOT, "--initrd", MULTIBOOT), "only a Linux kernel"),
+        ((MULTIBOOT, "--disk", "no/such/disk"), "no/such/disk: No such file"),
+        ((MULTIBOOT, "--disk", "/dev/null"), "neither a file nor a block device"),
+        ((MULTIBOOT, "--disk", MULTIBOOT), "sectors of 512"),
+        ((MULTIBOOT, "--disk", SMALL_DISK, "--disk", SMALL_DISK), "another VM uses this disk"),
+        ((MULTIBOOT, "--disk", SMALL_DISK, "--irqchip", "off"), "irqchip"),
+        ((MULTIBOOT, *["--disk", SMALL_DISK + ",ro"] * 9), "at most 8 virtio devices"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_status_2(arguments: tuple[object, ...], what: str) -> None:
-    result = pyvmm(*arguments)
+def test_what_cannot_be_is_one_line_and_status_2(
+    arguments: tuple[object, ...], what: str, tmp_path: Path
+) -> None:
+    (tmp_path / SMALL_DISK).write_bytes(bytes(512))
+    result = pyvmm(*arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert what in one_line(result)

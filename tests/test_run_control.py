@@ -17,8 +17,8 @@ import pytest
 from pyvmm import kvm
 from pyvmm.boot import Mode, read_image
 from pyvmm.debug import DebugServer, parse_address
-from pyvmm.hostprobe import host
 from pyvmm.debuggedset import ALL
+from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
 from pyvmm.stop import StopReason
 from pyvmm.x86 import CR0_PG, CR4_PAE, DR6_BS, RFLAGS_TF
