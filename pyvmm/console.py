@@ -22,11 +22,12 @@ class Output:
     """Writes guest output to `fd`; called from any thread."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self._given = fd
+        self._fd = _without_waiting(fd)
         self._closing, self._close = os.pipe2(os.O_CLOEXEC)
         self._lock = threading.Lock()  # one writer at a time
         self._poll = select.poll()  # guarded by _lock
-        self._poll.register(fd, select.POLLOUT)
+        self._poll.register(self._fd, select.POLLOUT)
         self._poll.register(self._closing, select.POLLIN)
 
     def __call__(self, data: bytes) -> None:
@@ -36,16 +37,31 @@ class Output:
             while view:
                 if any(fd == self._closing for fd, _ in self._poll.poll()):
                     return
-                view = view[os.write(self._fd, view[:_CHUNK]) :]
+                with contextlib.suppress(BlockingIOError):  # ^S, since it was polled
+                    view = view[os.write(self._fd, view[:_CHUNK]) :]
 
     def stop(self) -> None:
         """Let a writer that waits give up; from now on output is dropped."""
         os.write(self._close, b"x")
 
     def close(self) -> None:
-        """Free the wake-up pipe."""
+        """Free what is ours; the descriptor that was given stays open."""
+        if self._fd != self._given:
+            os.close(self._fd)
         os.close(self._closing)
         os.close(self._close)
+
+
+def _without_waiting(fd: int) -> int:
+    """The same terminal, opened anew so that a write to it never waits; else `fd` as it is.
+
+    Where output is stopped with ^S after poll() has called it writable, a write would wait for ^Q.
+    (The flag O_NONBLOCK cannot be set on `fd` itself: others, as the shell, share it.)
+    """
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # no terminal, or one without a name here
+        return fd
 
 
 class KeptOutput:
