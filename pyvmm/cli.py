@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -430,6 +430,8 @@ def _run_until_signal(
     previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
         with RawTerminal(0 if input_is_ours else -1):
+            if console is not None and os.isatty(1):
+                machine.on_look(_WindowSize(console))
             if input_is_ours and sys.stdin is not None:
                 machine.connect_input(0, keyboard=to_keyboard, console=console)
             stop = machine.run(timeout)
@@ -438,6 +440,20 @@ def _run_until_signal(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return stop, received[0] if received else None
+
+
+class _WindowSize:
+    """Tells the guest when the terminal has another size.  Without a handler for SIGWINCH."""
+
+    def __init__(self, console: VirtioConsole) -> None:
+        self._console, self._size = console, os.get_terminal_size(1)
+
+    def __call__(self) -> None:
+        with suppress(OSError):  # the terminal may have gone
+            size = os.get_terminal_size(1)
+            if size != self._size:
+                self._size = size
+                self._console.resize(size.columns, size.lines)
 
 
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

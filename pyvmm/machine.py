@@ -50,7 +50,7 @@ MMIO_HOLE = 3 << 30, 1 << 30  # GPA, bytes: RAM that would lie here continues at
 _PATIENCE_SECONDS = 0.5  # how long a vCPU may be busy with output before it is made to drop it
 _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
 _KEYS = 64  # bytes to read from a terminal at a time: the sequence of a key is not torn apart
-_LOOK_SECONDS = 0.1  # how often to look whether all vCPUs wait for good, where KVM does not say
+_LOOK_SECONDS = 0.1  # how often to look at what nobody tells: that all vCPUs wait for good
 
 
 class Receiver(Protocol):
@@ -95,19 +95,15 @@ class Machine:
         `virtio` are further devices, which need the irqchip; the machine closes them.
         Raises ImageError, ValueError for impossible numbers, OSError when KVM refuses.
         """
-        if not isinstance(image, Image):
-            image = read_image(image)
-        if cpus < 1:
-            raise ValueError(f"a machine has at least one vCPU, not {cpus}")
-        if memory < MIN_MEMORY or memory % 4096 or memory > MAX_MEMORY:
-            raise ValueError(f"{memory} bytes of memory: 1M to 64T, in whole pages of 4K")
-        if irqchip is None:
-            irqchip = image.expects_pc or cpus > 1 or bool(virtio)
-        if image.expects_pc and cpus > 1 and not irqchip:
-            raise ValueError(f"{image.name}: several vCPUs of a {image.kind} need the irqchip")
-        if virtio and not irqchip:
-            raise ValueError("virtio devices need the irqchip")
-        check_stacks(image.mode, 1 if irqchip else cpus)
+        try:
+            if not isinstance(image, Image):
+                image = read_image(image)
+            if irqchip is None:
+                irqchip = image.expects_pc or cpus > 1 or bool(virtio)
+            _check(image, cpus, memory, irqchip=irqchip, has_virtio=bool(virtio))
+        except BaseException:
+            _close_all(virtio)
+            raise
         self.image, self.cpus, self._reboot = image, cpus, reboot
         self.ports, self.mmio = Bus("port"), Bus("GPA")
         self.output = bytearray()
@@ -128,6 +124,7 @@ class Machine:
         self._at_end: list[Callable[[], None]] = []
         self._on_hurry: list[Callable[[], None]] = []
         self._on_reset: list[Callable[[], None]] = []
+        self._on_look: list[Callable[[], None]] = []
         self.debug_server: DebugServer | None = None  # set by a debug server that is attached to us
         try:
             self.vm = VM(device=device, cpus=cpus, irqchip=irqchip)
@@ -174,8 +171,8 @@ class Machine:
             self._virtio = VirtioBus(
                 self.mmio, self.vm.memory, self.vm.set_irq, ioeventfd, self.fail
             )
-            for device in virtio:
-                self._virtio.add(device, type(device).__name__)
+            for number, device in enumerate(virtio):
+                self._virtio.add(device, f"{type(device).__name__} {number}")
         self._receiver: Receiver = self.pc.serial
         self._load()
         if coalesce and self.vm.coalesced_pio:
@@ -299,7 +296,9 @@ class Machine:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return Stop(StopReason.TIMEOUT, "the time limit was reached")
-            if self._idle is not None:
+            for callback in self._on_look:
+                callback()
+            if self._idle is not None or self._on_look:
                 left = _LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS)
             self._wait_for_wake(left)
 
@@ -407,6 +406,10 @@ class Machine:
     def ended(self) -> Stop | None:
         """How the VM ended; None while it has not."""
         return self._stop
+
+    def on_look(self, callback: Callable[[], None]) -> None:
+        """Call `callback` ten times a second while run() waits, on its thread."""
+        self._on_look.append(callback)
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback`, on any thread, when the VM ends."""
@@ -576,6 +579,19 @@ class Machine:
             if gpa < slot.end and slot.gpa < gpa + size:
                 raise ValueError(f"GPA {gpa:#x}..{gpa + size - 1:#x} is RAM")
         self.mmio.claim(gpa, size, CallbackDevice(read, write), "a callback")
+
+
+def _check(image: Image, cpus: int, memory: int, *, irqchip: bool, has_virtio: bool) -> None:
+    """Raise ValueError unless there can be such a machine."""
+    if cpus < 1:
+        raise ValueError(f"a machine has at least one vCPU, not {cpus}")
+    if memory < MIN_MEMORY or memory % 4096 or memory > MAX_MEMORY:
+        raise ValueError(f"{memory} bytes of memory: 1M to 64T, in whole pages of 4K")
+    if image.expects_pc and cpus > 1 and not irqchip:
+        raise ValueError(f"{image.name}: several vCPUs of a {image.kind} need the irqchip")
+    if has_virtio and not irqchip:
+        raise ValueError("virtio devices need the irqchip")
+    check_stacks(image.mode, 1 if irqchip else cpus)
 
 
 def _did_not_stop(names: list[str]) -> RuntimeError:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections.abc import Iterator
 
 import pytest
 
+from pyvmm import cli
 from pyvmm.devices.virtio_console import VirtioConsole
 from tests.virtio_driver import RAM, Areas, Driver, guest_memory
 
@@ -249,3 +251,18 @@ def test_a_console_survives_any_chains(
     driver.queues[TRANSMIT].offer([b"the end"])
     driver.notify(TRANSMIT)
     assert terminal.printed.endswith(b"the end")
+
+
+def test_a_terminal_s_other_size_is_told_once(
+    driver: Driver, console: VirtioConsole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [os.terminal_size((80, 25))]
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: now[0])
+    look = cli._WindowSize(console)
+    look()
+    assert driver.acknowledge() == 0
+    now[0] = os.terminal_size((100, 30))
+    look()
+    assert (driver.acknowledge(), size(driver)) == (CONFIG, (100, 30))
+    look()
+    assert driver.acknowledge() == 0

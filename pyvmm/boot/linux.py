@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 from pyvmm.boot.image import (
     MIB,
@@ -75,21 +74,25 @@ _SELECTORS = {
 }
 
 
-class _SetupHeader(NamedTuple):
+_HEADER = struct.Struct("<B 2x I 14x H 9x B 26x I 6x H I 28x Q I")
+
+
+class _SetupHeader:
     """What the kernel says that matters here, with the protocol's names."""
 
-    setup_sects: int
-    syssize: int
-    version: int
-    loadflags: int
-    initrd_addr_max: int
-    xloadflags: int
-    cmdline_size: int
-    pref_address: int
-    init_size: int
-
-
-_HEADER = struct.Struct("<B 2x I 14x H 9x B 26x I 6x H I 28x Q I")
+    def __init__(self, parameters: bytes | memoryview) -> None:
+        """Read it from boot parameters."""
+        (
+            self.setup_sects,
+            self.syssize,
+            self.version,
+            self.loadflags,
+            self.initrd_addr_max,
+            self.xloadflags,
+            self.cmdline_size,
+            self.pref_address,
+            self.init_size,
+        ) = _HEADER.unpack_from(parameters, SETUP_HEADER)
 
 
 def recognise(contents: bytes) -> bool:
@@ -107,7 +110,7 @@ def load(name: str, contents: bytes, options: LoadOptions) -> Image:
     """
     _check_version(name, contents)
     parameters = _with_setup_header(name, contents)
-    header = _read_header(parameters)
+    header = _SetupHeader(parameters)
     if not header.loadflags & LOADED_HIGH:
         raise ImageError(f"{name}: a zImage, which is loaded below 1 MiB; build a bzImage")
     start = SECTOR_BYTES * (1 + (header.setup_sects or DEFAULT_SETUP_SECTORS))
@@ -172,10 +175,6 @@ def _with_setup_header(name: str, contents: bytes) -> bytes:
     return bytes(parameters)
 
 
-def _read_header(parameters: bytes | memoryview) -> _SetupHeader:
-    return _SetupHeader._make(_HEADER.unpack_from(parameters, SETUP_HEADER))
-
-
 def _choose_mode(name: str, header: _SetupHeader, options: LoadOptions) -> Mode:
     """The mode to enter the kernel in. Raises ImageError if the user asks for what it cannot."""
     has_64 = header.version >= VERSION_WITH_XLOADFLAGS and header.xloadflags & XLF_KERNEL_64
@@ -198,7 +197,7 @@ def finish(image: Image, ram_ranges: RamRanges) -> Image:
     """
     check_fits(image, ram_ranges, [])
     parameters, kernel = image.segments
-    header = _read_header(parameters.data)
+    header = _SetupHeader(parameters.data)
     initrd = place_initrd(image, ram_ranges, kernel.end_gpa, header.initrd_addr_max + 1)
     parameters = parameters._replace(data=_parameters(image, header, initrd, ram_ranges))
     extra = () if initrd is None else (initrd,)
