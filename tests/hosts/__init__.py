@@ -8,6 +8,7 @@ initrd that holds Debian's Python, pytest and this checkout. The modules, lowest
 * initrd: what the host's root file system holds, written as cpio archives;
 * init.sh: the first process inside the host; it runs the command and sends the results out;
 * machines: the two emulators, each a function from files to a command line;
+* quirks: a pytest plugin for use inside the hosts;
 * session: one boot of one host, from start to its results, within a time limit;
 * report: JUnit XML of each host -> one table, test by host;
 * __main__: the command line.

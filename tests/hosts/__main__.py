@@ -23,8 +23,8 @@ from tests.hosts.packages import HostsError
 # Plain assertions: pytest would compile the tests anew, which takes an emulated processor a minute.
 TESTS = """\
 python3 -m pyvmm --probe --json >$RESULTS/probe.json || echo "@@error the probe failed"
-python3 -m pytest -m 'kvm and not process' -v -o timeout=600 -p no:cacheprovider --assert=plain \\
-    --junit-xml=$RESULTS/junit.xml {arguments}
+python3 -m pytest -m 'kvm and not process' -v -o timeout=600 --assert=plain \\
+    -p no:cacheprovider -p tests.hosts.quirks --junit-xml=$RESULTS/junit.xml {arguments}
 """
 
 

@@ -85,12 +85,13 @@ debug: action=ignore
 """
 
 # lpj, tsc, no_timer_check: three calibrations against a timer that an emulator need not do.
+# iomem: init.sh programs two devices.
 ISOLINUX_CONFIGURATION = """\
 default host
 prompt 0
 label host
   kernel /vmlinuz
-  append initrd=/initrd {parameters} lpj=1000000 tsc=reliable no_timer_check
+  append initrd=/initrd {parameters} lpj=1000000 tsc=reliable no_timer_check iomem=relaxed
 """
 
 

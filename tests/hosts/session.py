@@ -11,11 +11,14 @@ import binascii
 import io
 import os
 import pty
+import re
+import select
 import subprocess
 import tarfile
 import tempfile
 import threading
 import time
+import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,17 +111,37 @@ def _emulator(command: list[str], boot: Boot) -> Iterator[subprocess.Popen[bytes
 
 
 def _drain(master: int, file: Path) -> None:
-    """Keep what the emulator prints, so that it never waits for a reader."""
+    """Keep what the emulator prints, so that it never waits for a reader.
+
+    Bochs with its internal debugger draws on another terminal, which it makes itself and names: it
+    stops for ever when 20 KB of its drawing have not been read there, after some six minutes.
+    """
+    printed, drawing = b"", None
     with file.open("wb") as out:
         while True:
+            ready, _, _ = select.select([master] if drawing is None else [master, drawing], [], [])
             try:
+                if drawing in ready:
+                    os.read(drawing, 65536)
+                if master not in ready:
+                    continue
                 data = os.read(master, 65536)
-            except OSError:  # EIO: the last process that had the terminal open has ended
-                return
+            except OSError:  # EIO: the last process that had a terminal open has ended
+                break
             if not data:
-                return
+                break
             out.write(data)
             out.flush()
+            if drawing is None:
+                printed += data
+                if match := SCREEN_LINE.search(printed):
+                    drawing = os.open(match[1], os.O_RDWR | os.O_NOCTTY)
+                    tty.setraw(drawing)  # no echo: that would be keys pressed on Bochs's keyboard
+    if drawing is not None:
+        os.close(drawing)
+
+
+SCREEN_LINE = re.compile(rb'Bochs connected to screen "(/dev/pts/\d+)"')
 
 
 def _lines(
