@@ -376,7 +376,8 @@ def test_a_step_of_a_processor_that_is_not_started_waits_for_its_startup_ipi() -
         assert_clean(debuggee)
 
 
-def test_a_step_of_a_processor_ends_at_the_second_instruction_after_its_startup_ipi() -> None:
+def test_a_step_of_a_processor_that_is_not_started_ends_when_it_is() -> None:
+    """On emulated Intel at its first instruction, whose page is cold; elsewhere behind it."""
     requires("step")
     requires("step-real")
     with debugging(until(TICKS, 1) + start_aps() + SPIN) as (client, debuggee):
@@ -384,7 +385,9 @@ def test_a_step_of_a_processor_ends_at_the_second_instruction_after_its_startup_
         assert client.silent()
         debuggee.machine.write_memory(TICKS, b"\1", physical=True)
         stop = client.wait_stop()
-        assert (stop.vcpu_id, stop.signal, stop.rip) == (1, 5, 7)
+        assert (stop.vcpu_id, stop.signal, stop.rip in (0, 7)) == (1, 5, True)
+        if stop.rip == 0:
+            assert client.step(1).rip == 7
         client.go()
         debuggee.wait_counts(1)
         client.break_in()
