@@ -149,8 +149,13 @@ class VmHandle(Handle):
         self.ioctl(kvm.KVM_SET_GSI_ROUTING, routing)
 
     def get_interrupt_controllers(self) -> list[ctypes.Structure]:
-        """The state of both PICs, the IOAPIC and the PIT, for set_interrupt_controllers()."""
-        states: list[ctypes.Structure] = []
+        """The state of PIT, both PICs and IOAPIC, for set_interrupt_controllers().
+
+        In this order: a PIT that still runs raises interrupts in the others.
+        """
+        pit = kvm.kvm_pit_state2()
+        self.ioctl(kvm.KVM_GET_PIT2, pit)
+        states: list[ctypes.Structure] = [pit]
         for chip_id in (
             kvm.KVM_IRQCHIP_PIC_MASTER,
             kvm.KVM_IRQCHIP_PIC_SLAVE,
@@ -158,8 +163,6 @@ class VmHandle(Handle):
         ):
             states.append(kvm.kvm_irqchip(chip_id))
             self.ioctl(kvm.KVM_GET_IRQCHIP, states[-1])
-        states.append(kvm.kvm_pit_state2())
-        self.ioctl(kvm.KVM_GET_PIT2, states[-1])
         return states
 
     def set_interrupt_controllers(self, states: Iterable[ctypes.Structure]) -> None:

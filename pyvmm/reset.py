@@ -35,6 +35,8 @@ _MSR_TSC, _MSR_TSC_ADJUST = 0x10, 0x3B  # the time goes on
 def power_on(vm: VM) -> None:
     """Copy a new VM's state into `vm`, all of whose vCPUs are held."""
     with vm.like_this() as new:
+        if vm.irqchip:  # first: what they still raise is wiped out of the LAPICs
+            vm.handle.set_interrupt_controllers(new.handle.get_interrupt_controllers())
         for vcpu_id in vm.vcpu_ids():
             new.create_vcpu(vcpu_id)
             source, target = new.handle_of(vcpu_id), vm.handle_of(vcpu_id)
@@ -47,8 +49,6 @@ def power_on(vm: VM) -> None:
                 if isinstance(state, kvm.kvm_vcpu_events):
                     state.flags = _ALL_EVENTS
                 target.set(state)
-        if vm.irqchip:
-            vm.handle.set_interrupt_controllers(new.handle.get_interrupt_controllers())
 
 
 def _copy_msrs(
