@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+
+from pyvmm.light import NamedTuple, Protocol
 
 
 class Device(Protocol):

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
 
 from pyvmm.boot import ImageError, Mode, read_image
 from pyvmm.console import KeptOutput, Output, RawTerminal, in_background
+from pyvmm.light import TYPE_CHECKING, NoReturn
 from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
 

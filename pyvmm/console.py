@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import termios
 import threading
-import tty
 from types import TracebackType
 
 # A pipe that poll() calls writable takes at least this much without blocking (pipe(7)).
@@ -105,6 +103,9 @@ class RawTerminal:
 
     def __enter__(self) -> RawTerminal:
         if self._fd >= 0 and os.isatty(self._fd) and not in_background(self._fd):
+            import termios
+            import tty
+
             self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd, termios.TCSADRAIN)
         return self
@@ -113,5 +114,7 @@ class RawTerminal:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._saved is not None:
+            import termios
+
             with contextlib.suppress(termios.error):  # it may have gone
                 termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ kernel structure holds, are handled by the hypervisor layer.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
 
 from pyvmm import x86
 from pyvmm.handles import VcpuHandle
 from pyvmm.kvm import kvm_debugregs, kvm_regs, kvm_sregs
+from pyvmm.light import Any
 
 
 class Register(Enum):

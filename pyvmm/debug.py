@@ -24,10 +24,10 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm import threads
 from pyvmm.debugtarget import MachineTarget
+from pyvmm.light import TYPE_CHECKING, NamedTuple
 from pyvmm.rsp import Event, Link, Packet, encode
 from pyvmm.runcontrol import RunControl
 from pyvmm.session import Phase

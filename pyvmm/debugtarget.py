@@ -10,11 +10,11 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from pyvmm import debugstate, paging, x86
 from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_regs, kvm_sregs
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import VirtualMemory
 from pyvmm.registers import Architecture, Bank, Value, architecture_for
 from pyvmm.runcontrol import RunControl

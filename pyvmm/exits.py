@@ -7,12 +7,7 @@ bhyve's names, the second are exits that the hypervisor layer makes (see hypervi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from pyvmm.frozen import dataclass
+from pyvmm.light import dataclass
 
 
 class Exit:

@@ -14,9 +14,9 @@ import mmap
 import os
 from collections.abc import Iterable
 from ctypes import c_uint8, c_uint32
-from typing import Any, TypeVar
 
 from pyvmm import kvm
+from pyvmm.light import Any, TypeVar
 
 State = TypeVar("State", bound=ctypes.Structure)
 

@@ -8,10 +8,10 @@ Source: api.rst, "KVM_SET_VCPU_EVENTS"; Intel SDM vol. 3C, "VM-Entry Controls fo
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from pyvmm import emulate, kvm, x86
 from pyvmm.cpucopy import copy_state, write_state
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.vcpurecord import Injection, VcpuRecord, VmError
 
 if TYPE_CHECKING:

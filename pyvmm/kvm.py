@@ -27,7 +27,8 @@ from ctypes import (
     c_ulong,
     c_void_p,
 )
-from typing import Any
+
+from pyvmm.light import Any
 
 # --- structs ---------------------------------------------------------------------------------
 # `__slots__ = ()` makes a misspelt field an AttributeError instead of a silent new attribute.

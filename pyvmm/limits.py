@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from pyvmm import exits, vcpu
 from pyvmm.debuggedset import ALL
+from pyvmm.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.machine import Machine

@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
 
 from pyvmm import exits, kvm, threads, vcpu
 from pyvmm.boot import Image, check_fits, finish_image, layout, read_image
@@ -32,6 +31,7 @@ from pyvmm.devices.debugcon import DEBUGCON_PORT
 from pyvmm.devices.serial import COM1_PORT
 from pyvmm.devices.vga import BLANK_SCREEN, TEXT_GPA
 from pyvmm.hypervisor import VM
+from pyvmm.light import TYPE_CHECKING, Protocol
 from pyvmm.limits import ExitLimiter
 from pyvmm.pc import Facts, Pc, Wiring
 from pyvmm.stop import Stop, StopReason
@@ -150,6 +150,8 @@ class Machine:
             )
         for gpa, size in ram:
             self.vm.memory.add_slot(gpa, size)
+        if self.image.trusts_cpuid:
+            self.vm.hide_what_fails()
         for vcpu_id in range(self.cpus):
             self.vm.create_vcpu(vcpu_id)
         wiring = Wiring(

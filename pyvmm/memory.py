@@ -14,10 +14,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from pyvmm import handles, kvm
 from pyvmm.errors import GuestMemoryError
+from pyvmm.light import NamedTuple
 
 PAGE_SIZE = 4096
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; not in every Python's mmap module

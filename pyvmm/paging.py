@@ -21,9 +21,9 @@ import functools
 import struct
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import NamedTuple
 
 from pyvmm.errors import GuestMemoryError
+from pyvmm.light import NamedTuple
 
 ReadPhysical = Callable[[int, int], bytes]
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pyvmm.bus import Bus, Device, LateDevices
 from pyvmm.devices.debugcon import DEBUGCON_PORT, DebugConsole
 from pyvmm.devices.debugexit import DEBUG_EXIT_PORT, DebugExit
 from pyvmm.devices.serial import COM1_IRQ, COM1_PORT, Serial
+from pyvmm.light import TYPE_CHECKING, NamedTuple, cast
 
 if TYPE_CHECKING:
     from pyvmm.devices.ps2 import Ps2

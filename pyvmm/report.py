@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pyvmm import emulate, exits, x86
 from pyvmm.kvm import kvm_regs, kvm_segment, kvm_sregs
+from pyvmm.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.hostprobe import HostProbe

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from pyvmm import handles, kvm
+from pyvmm.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM

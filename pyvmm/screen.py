@@ -20,11 +20,11 @@ import select
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple
 
 from pyvmm import threads
 from pyvmm.console import Output
 from pyvmm.devices.vga import COLUMNS, ROWS, SCREEN_BYTES, TEXT_BYTES, TEXT_GPA, Vga
+from pyvmm.light import NamedTuple
 
 _LINE_BYTES = COLUMNS * 2
 _TEXT_CELLS = TEXT_BYTES // 2

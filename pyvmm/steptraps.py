@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from pyvmm import x86
 from pyvmm.emulate import CannotComplete, Cpu, load_descriptor
 from pyvmm.kvm import kvm_regs
+from pyvmm.light import NamedTuple
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.x86 import CpuMode
 

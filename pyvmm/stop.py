@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+
+from pyvmm.light import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pyvmm import exits

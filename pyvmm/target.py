@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Protocol
 
+from pyvmm.light import Protocol
 from pyvmm.registers import Architecture, Bank, Value, Values
 
 

@@ -7,6 +7,7 @@ import threading
 
 # Left deliverable: a fault in our own process must still kill it.
 _SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+_OTHERS = signal.valid_signals() - _SYNCHRONOUS
 
 
 def start(thread: threading.Thread) -> None:
@@ -16,7 +17,7 @@ def start(thread: threading.Thread) -> None:
     thread does not wake it from a wait.  A new thread inherits its creator's mask; to block them
     from inside would leave a moment in which one can land.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _SYNCHRONOUS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OTHERS)
     try:
         thread.start()
     finally:

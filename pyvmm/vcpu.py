@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 from pyvmm import exits
+from pyvmm.light import TYPE_CHECKING, Any
 from pyvmm.stop import Stop, StopReason
 
 if TYPE_CHECKING:

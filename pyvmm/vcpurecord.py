@@ -9,9 +9,9 @@ from __future__ import annotations
 import signal
 import threading
 from enum import Enum
-from typing import NamedTuple
 
 from pyvmm import exits, handles, kvm
+from pyvmm.light import NamedTuple
 
 KICK_SIGNAL = signal.SIGRTMIN + 2  # the C library uses the first two for itself
 

@@ -7,12 +7,12 @@ add its row before all that would take its files too (a multiboot kernel is an E
 
 from __future__ import annotations
 
+import importlib
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from types import ModuleType
 
-from pyvmm.boot import elf, flat, linux, multiboot, pvh
 from pyvmm.boot.image import (
     GIB,
     Image,
@@ -25,6 +25,7 @@ from pyvmm.boot.image import (
     finish_image,
     real_mode_entry,
 )
+from pyvmm.light import NamedTuple
 
 __all__ = [
     "PROTOCOLS",
@@ -45,23 +46,38 @@ __all__ = [
 class BootProtocol(NamedTuple):
     """A kind of file: `recognise(contents)` tells one, `load(name, contents, options)` reads it.
 
+    Both are in the module `module`, which is imported only for a file that has `mark` near its
+    beginning, as all of this kind have.
     Some guests can be given other files with it: modules, or an initrd.
     """
 
-    name: str
-    recognise: Callable[[bytes], bool]
-    load: Callable[[str, bytes, LoadOptions], Image]
+    module: str
+    mark: bytes
     takes_modules: bool = False
     takes_initrd: bool = False
 
+    def recognise(self, contents: bytes) -> bool:
+        """Whether the file is of this kind."""
+        return self.mark in contents[:MARKED_BYTES] and bool(self._code().recognise(contents))
+
+    def load(self, name: str, contents: bytes, options: LoadOptions) -> Image:
+        """The file as an image.  Raises ImageError."""
+        image: Image = self._code().load(name, contents, options)
+        return image
+
+    def _code(self) -> ModuleType:
+        return importlib.import_module(f"pyvmm.boot.{self.module}")
+
+
+MARKED_BYTES = 8192  # how far from the beginning a mark may be: a multiboot header's limit
 
 PROTOCOLS = (
-    BootProtocol("Linux", linux.recognise, linux.load, takes_initrd=True),
+    BootProtocol("linux", b"HdrS", takes_initrd=True),
     # These two are ELF files, mostly.
-    BootProtocol("multiboot", multiboot.recognise, multiboot.load, takes_modules=True),
-    BootProtocol("PVH", pvh.recognise, pvh.load, takes_initrd=True),
-    BootProtocol("ELF", elf.recognise, elf.load),
-    BootProtocol("flat binary", flat.recognise, flat.load),  # takes anything: the last one
+    BootProtocol("multiboot", b"\x02\xb0\xad\x1b", takes_modules=True),
+    BootProtocol("pvh", b"\x7fELF", takes_initrd=True),
+    BootProtocol("elf", b"\x7fELF"),
+    BootProtocol("flat", b""),  # takes anything: the last one
 )
 
 MAX_IMAGE_BYTES = GIB  # a kernel with all of its debug information is smaller; a disk image is not

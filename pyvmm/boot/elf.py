@@ -18,9 +18,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from pyvmm.boot.image import Image, ImageError, LoadOptions, Mode, Segment, check_entry
+from pyvmm.light import NamedTuple
 
 MAGIC = b"\x7fELF"
 
@@ -158,7 +158,7 @@ def _file_header(name: str, contents: bytes, elf_class: _Class) -> _FileHeader:
     """Read the ELF header; raise ImageError unless it is a static executable for x86."""
     if len(contents) < elf_class.file_header.size:
         raise ImageError(f"{name}: truncated in its ELF header; copy or build it again")
-    header = _FileHeader._make(elf_class.file_header.unpack_from(contents))
+    header = _FileHeader(*elf_class.file_header.unpack_from(contents))
     if header.machine != elf_class.machine:
         raise ImageError(f"{name}: {_wrong_machine(header.machine, elf_class)}")
     if header.type != ET_EXEC:
@@ -196,7 +196,7 @@ def _program_headers(
     headers = []
     for index in range(file_header.phnum):
         offset = file_header.phoff + index * entry_bytes
-        header = ProgramHeader._make(elf_class.program_header.unpack_from(contents, offset))
+        header = ProgramHeader(*elf_class.program_header.unpack_from(contents, offset))
         if header.type == PT_INTERP:
             raise ImageError(
                 f"{name}: a dynamically linked program for an operating system; "

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable
 
 from pyvmm import handles, kvm, x86
-from pyvmm.boot.image import Mode, Selectors, real_mode_entry
+from pyvmm.boot.image import GIB, MIB, Mode, Selectors, real_mode_entry
 from pyvmm.memory import GuestMemory
 
 PAGE_TABLES_GPA, GDT_GPA, STACK_TOP = 0x1000, 0x7000, 0x80000
@@ -44,7 +44,7 @@ def identity_map(gpa: int) -> bytes:
     pdpt, directories = gpa + 0x1000, gpa + 0x2000
     pml4 = struct.pack("<Q", pdpt | _PRESENT_WRITABLE).ljust(0x1000, b"\0")
     entries = [directories + 0x1000 * n | _PRESENT_WRITABLE for n in range(4)]
-    pages = [n << 21 | _PRESENT_WRITABLE | _LARGE_PAGE for n in range(4 * 512)]
+    pages = range(_PRESENT_WRITABLE | _LARGE_PAGE, 4 * GIB, 2 * MIB)
     return pml4 + struct.pack("<4Q", *entries).ljust(0x1000, b"\0") + struct.pack("<2048Q", *pages)
 
 

@@ -16,9 +16,8 @@ Source: ACPI specification, "System Address Map Interfaces", for the map; the re
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from pyvmm.boot.image import MIB, Image, ImageError, RamRanges, Segment
+from pyvmm.light import NamedTuple
 
 BIOS_DATA_GPA, BIOS_DATA_BYTES = 0x400, 0x100
 # Low, where a kernel that takes all memory after itself for free does not overwrite it.

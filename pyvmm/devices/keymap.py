@@ -9,7 +9,8 @@ Source: IBM PS/2 Hardware Interface Technical Reference, "Keyboards", the three 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from pyvmm.light import NamedTuple
 
 
 class Key(NamedTuple):

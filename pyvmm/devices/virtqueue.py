@@ -22,8 +22,8 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
+from pyvmm.light import NamedTuple
 from pyvmm.memory import GuestMemory
 
 VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, VIRTQ_DESC_F_INDIRECT = 1, 2, 4
