@@ -106,6 +106,7 @@ class DebugServer:
         self._refused: list[socket.socket] = []  # to be told so and closed
         self._finished = threading.Event()
         self._final: StopReport | None = None  # how the VM ended
+        self._patience: float | None = None  # ms to wait: a stop that was claimed may get stuck
         self._kill_wanted = False
         self.run_control = RunControl(machine.vm, self._wake_up, catch_int3)
         self.target = MachineTarget(machine, self.run_control, symbols, self._kill)
@@ -193,7 +194,7 @@ class DebugServer:
     def _serve(self) -> None:
         try:
             while not self._finished.is_set():
-                for fd, _ in self._poll.poll(self._patience()):
+                for fd, _ in self._poll.poll(self._patience):
                     if fd in self._actions:  # else dropped by an event of the same round
                         self._actions[fd]()
                 self._after_events()
@@ -215,24 +216,22 @@ class DebugServer:
         self._poll.unregister(sock)
         del self._actions[sock.fileno()]
 
-    def _patience(self) -> float | None:
-        """How long to wait for an event, in ms: a stop that was claimed may get stuck."""
-        owed = self._connection is not None and self._connection.stub.owes_reply
-        return _STOP_SECONDS * 1000 if owed else None
-
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
 
     def _after_events(self) -> None:
         """What any event may have made possible: a stop to report, an end to act on."""
         connection = self._connection
+        self._patience = None
         if connection is not None and connection.stub.owes_reply:
+            self._patience = _STOP_SECONDS * 1000
             report = self.run_control.stop
             if report is not None and self._stop_is_complete():
                 crash, self.run_control.crash = self.run_control.crash, None
                 if crash is not None:
                     connection.send_reply(console_output(f"{crash.message}\n{crash.report}\n"))
                 connection.send_reply(connection.stub.stop_reply(report))
+                self._send(connection)
         if self._kill_wanted and (connection is None or connection.flush()):
             self._kill_wanted = False
             self.machine.stop(Stop(StopReason.KILLED, "the debugger ended the VM"))
@@ -306,13 +305,15 @@ class DebugServer:
         if data is None or connection.stub.session.phase is Phase.ENDED:
             self._drop()
         else:
-            self._watch_writable(not connection.flush())
+            self._send(connection)
         return data != b""
 
-    def _watch_writable(self, blocked: bool) -> None:
-        connection = self._connection
-        assert connection is not None
-        # While output is stuck nothing more is read: the debugger has to take its replies first.
+    def _send(self, connection: Connection) -> None:
+        """Send what can be sent now.
+
+        While output is stuck nothing more is read: the debugger has to take its replies first.
+        """
+        blocked = not connection.flush()
         if blocked != connection.blocked:
             connection.blocked = blocked
             self._poll.modify(connection.socket, select.POLLOUT if blocked else _IN)
@@ -365,38 +366,44 @@ class Connection:
         previous: Packet | Event | None = None
         while (event := self.link.next_event()) is not None:
             if isinstance(event, Packet):
-                if event == previous and self.link.acks:
+                if self.link.acks and event == previous:
                     continue  # sent again, because we were slow to start: one answer is enough
                 reply = self.stub.handle(event.payload)
-                self._target.last_error = self.stub.last_error
-                if event.payload[:1] == b"Z" and reply is not None and reply[:1] == b"E":
-                    # gdb before 15 does not show why.
-                    print(f"gdb: {self.stub.last_error}", file=sys.stderr)
                 self.send_reply(reply)
-                self.link.acks = not self.stub.no_ack_mode
+                if reply is not None and reply[:1] == b"E":
+                    self._refused(event.payload)
+                if self.link.acks:
+                    self.link.acks = not self.stub.no_ack_mode
             elif event is Event.INTERRUPT:
                 self._target.interrupt()
             else:
                 self.send_reply(self.stub.reject(event.value))
+                self._refused(b"")
             previous = event
 
+    def _refused(self, payload: bytes) -> None:
+        """A packet was answered with an error: keep the reason for `monitor`."""
+        self._target.last_error = self.stub.last_error
+        if payload[:1] == b"Z":  # gdb before 15 does not show why
+            print(f"gdb: {self.stub.last_error}", file=sys.stderr)
+
     def send_reply(self, reply: bytes | None) -> None:
-        """Queue a reply, if there is one, and send what can be sent."""
+        """Queue a reply, if there is one, for flush()."""
         if reply is not None:
             self.link.send(reply)
-        self.flush()
 
     def flush(self) -> bool:
         """Send without waiting; True when nothing is left (or nobody is there to take it)."""
-        self.unsent += self.link.take_output()
+        data = self.unsent + self.link.take_output()
         try:
-            while self.unsent:
-                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+            while data:
+                data = data[self.socket.send(data) :]
         except BlockingIOError:
-            return False
+            pass
         except OSError:
-            self.unsent = b""
-        return True
+            data = b""
+        self.unsent = data
+        return not data
 
 
 class _StdioSocket:

@@ -32,8 +32,8 @@ _X87_AT, _XMM_AT, _XSTATE_BV_AT, _YMM_AT = 32, 160, 512, 576
 _X87, _SSE, _AVX = 1, 2, 4  # bits of XSTATE_BV
 
 
-def read(vcpu: handles.VcpuHandle, banks: Bank) -> dict[str, Value]:
-    """The registers of `banks` by name."""
+def read(vcpu: handles.VcpuHandle, banks: int) -> dict[str, Value]:
+    """The registers of `banks` (of registers.Bank, added up) by name."""
     values: dict[str, Value] = {}
     if banks & Bank.GENERAL:
         regs = vcpu.get(kvm_regs)

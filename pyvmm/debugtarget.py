@@ -16,7 +16,7 @@ from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import VirtualMemory
-from pyvmm.registers import Architecture, Bank, Value, architecture_for
+from pyvmm.registers import Architecture, Value, architecture_for
 from pyvmm.runcontrol import RunControl
 from pyvmm.symbols import Symbols, where
 from pyvmm.target import (
@@ -74,7 +74,7 @@ class MachineTarget:
         self._symbols = symbols if symbols and _elf_bits(symbols) else None
         # By vcpu_id, and good until something changes: see _forget().
         self._views: dict[int, VirtualMemory] = {}
-        self._registers: dict[int, tuple[Bank, dict[str, Value]]] = {}
+        self._registers: dict[int, tuple[int, dict[str, Value]]] = {}
         machine.on_reset(self._forget)
         self._names: Symbols | None = None
         self.last_error = ""  # why the last packet was refused, for `monitor`
@@ -149,9 +149,9 @@ class MachineTarget:
 
     # --- registers and memory ---
 
-    def read_registers(self, vcpu_id: int, banks: Bank) -> dict[str, Value]:
+    def read_registers(self, vcpu_id: int, banks: int) -> dict[str, Value]:
         """See Target."""
-        known, values = self._registers.get(vcpu_id, (Bank(0), {}))
+        known, values = self._registers.get(vcpu_id, (0, {}))
         missing = banks & ~known
         if missing:
             with _errors():

@@ -38,7 +38,7 @@ import struct
 from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum, IntFlag
+from enum import Enum
 from functools import cache
 from operator import itemgetter
 
@@ -59,8 +59,12 @@ class Architecture(Enum):
     X86_64 = "i386:x86-64"
 
 
-class Bank(IntFlag):
-    """Registers that are read together, because the kernel hands them out together."""
+class Bank:
+    """Registers that are read together, because the kernel hands them out together.
+
+    One bit each, as plain numbers: an IntFlag takes a hundred times as long to be combined, and
+    that is done for each packet that reads registers.
+    """
 
     GENERAL = 1  # struct kvm_regs
     SYSTEM = 2  # struct kvm_sregs
@@ -77,7 +81,7 @@ class Register:
     bits: int
     gdb_type: str
     feature: str
-    bank: Bank
+    bank: int  # of Bank
     group: str = ""  # gdb's register group, where gdb does not know by itself
     source: str = ""
     base: str = ""  # the segment base that gdb is told to add: see I8086 above
@@ -126,7 +130,7 @@ def _integer(value: Value) -> int:
 
 
 def _rows(
-    names: str, bits: int, gdb_type: str, feature: str, bank: Bank, group: str = ""
+    names: str, bits: int, gdb_type: str, feature: str, bank: int, group: str = ""
 ) -> list[Register]:
     return [Register(name, bits, gdb_type, feature, bank, group) for name in names.split()]
 
@@ -186,7 +190,7 @@ class Layout:
         self.architecture = architecture
         self.registers = _choose(architecture, avx)
         self.number_of = {row.name: number for number, row in enumerate(self.registers)}
-        self.banks = Bank(0)
+        self.banks = 0
         for row in self.registers:
             self.banks |= row.bank
         wide = architecture is Architecture.X86_64
@@ -194,7 +198,7 @@ class Layout:
         self.first = tuple(
             self.number_of[name] for name in ("rip rsp rbp" if wide else "eip esp ebp").split()
         )
-        self.first_banks = Bank(0)
+        self.first_banks = 0
         for number in self.first:
             self.first_banks |= self.registers[number].bank
         self._struct = struct.Struct("<" + "".join(_FORMAT[row.bits] for row in self.registers))

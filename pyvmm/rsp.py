@@ -24,11 +24,12 @@ Source: Debugging with GDB, appendix "GDB Remote Serial Protocol", sections "Ove
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 import zlib
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 # The longest payload in bytes as transmitted (escaped, run-length encoded), in both directions.
 # 64 KiB of memory in hex. Each packet costs a round trip and a pass through the stub, so this size
@@ -44,7 +45,9 @@ _ESCAPED = re.compile(rb"}(.?)", re.DOTALL)
 _REPEATED = re.compile(rb"(.)((?:\*.)+)", re.DOTALL)
 # Long runs of a byte. That the pattern begins with the run, spelled out, lets both searches skip.
 _RUNS = [(run, re.compile(run + b"%b*" % run[:1])) for run in (b"0" * _LONG_RUN, bytes(_LONG_RUN))]
-_HEX = frozenset(b"0123456789abcdefABCDEF")
+# The two digits at the end of a packet, in upper, lower and mixed case.
+_DIGITS = b"0123456789abcdefABCDEF"
+_CHECKSUM_OF = {bytes(two): int(bytes(two), 16) for two in itertools.product(_DIGITS, repeat=2)}
 
 
 class Event(Enum):
@@ -58,8 +61,7 @@ class Event(Enum):
     MALFORMED = "malformed escape or run length"
 
 
-@dataclass(frozen=True)
-class Packet:
+class Packet(NamedTuple):
     """A packet with the right checksum; `payload` is decoded."""
 
     payload: bytes
@@ -80,6 +82,8 @@ def checksum(data: bytes) -> int:
     plus one, modulo 65521, and 256 bytes cannot reach that modulus: so the Adler-32 of each 256
     bytes gives the same number at five times the speed (the high halves vanish modulo 256).
     """
+    if len(data) <= 256:
+        return (zlib.adler32(data) - 1) & 0xFF
     whole = len(data) // 256
     parts = struct.unpack_from("256s" * whole, data)  # slices, made in one go
     rest = zlib.adler32(data[256 * whole :])
@@ -188,11 +192,11 @@ class Decoder:
         """The next event, or None until more bytes are received."""
         buffer = self._buffer
         while buffer:
-            if self._skipping or buffer[0] == ord("$"):
+            if self._skipping or buffer[0] == _DOLLAR:
                 return self._next_packet()
             start = _INTERESTING.search(buffer)
             del buffer[: start.start() if start else len(buffer)]
-            if buffer and buffer[0] != ord("$"):
+            if buffer and buffer[0] != _DOLLAR:
                 byte = buffer[0]
                 del buffer[:1]
                 return _EVENT_OF_BYTE[byte]
@@ -219,13 +223,16 @@ class Decoder:
         if len(buffer) < end + 3:
             self._searched = end
             return None
-        payload, digits = bytes(buffer[1:end]), buffer[end + 1 : end + 3]
+        frame = bytes(buffer[: end + 3])
         too_long = self._skipping or end > 1 + PACKET_SIZE
         self._drop(end + 3)
         if too_long:
             return Event.TOO_LONG
-        if not _HEX.issuperset(digits) or int(digits, 16) != checksum(payload):
+        payload = frame[1:end]
+        if _CHECKSUM_OF.get(frame[end + 1 :]) != checksum(payload):
             return Event.BAD_CHECKSUM
+        if b"*" not in payload and b"}" not in payload:  # nothing to decode
+            return Packet(payload)
         try:
             return Packet(_decode(payload))
         except _MalformedError:
@@ -240,6 +247,7 @@ class Decoder:
         self._skipping = False
 
 
+_DOLLAR = ord("$")
 _EVENT_OF_BYTE = {ord("+"): Event.ACK, ord("-"): Event.NACK, 0x03: Event.INTERRUPT}
 
 
@@ -255,13 +263,10 @@ class Link:
     def __init__(self) -> None:
         self.acks = True
         self._decoder = Decoder()
+        self.receive = self._decoder.receive  # takes received bytes in
         self._output: list[bytes] = []
         self._last_frame = b""
         self._resend = False
-
-    def receive(self, data: bytes) -> None:
-        """Take received bytes in."""
-        self._decoder.receive(data)
 
     def next_event(self) -> Packet | Event | None:
         """The next event that needs an answer, or None until more bytes are received.

@@ -203,19 +203,20 @@ PACKETS: tuple[Row, ...] = (
 )
 _ROW_OF = {row.name: row for row in PACKETS}
 
+_LONG_NAMES = frozenset((b"q", b"Q", b"v"))  # what begins one
 _NAME_END = re.compile(rb"[:;,]")
 _THREAD_STOP = b"qThreadStopInfo"  # the one name that its argument follows without a separator
 
 
 def _find(payload: bytes) -> tuple[Row | None, bytes]:
     """The row of a packet, and what follows its name."""
-    if payload[:1] not in (b"q", b"Q", b"v"):
-        name = payload[:1]
-    elif payload.startswith(_THREAD_STOP):
-        name = _THREAD_STOP
-    else:
-        end = _NAME_END.search(payload)
-        name = payload[: end.start()] if end else payload
+    name = payload[:1]
+    if name in _LONG_NAMES:
+        if payload.startswith(_THREAD_STOP):
+            name = _THREAD_STOP
+        else:
+            end = _NAME_END.search(payload)
+            name = payload[: end.start()] if end else payload
     return _ROW_OF.get(name), payload[len(name) :]
 
 

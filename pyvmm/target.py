@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 from pyvmm.light import Protocol
-from pyvmm.registers import Architecture, Bank, Value, Values
+from pyvmm.registers import Architecture, Value, Values
 
 
 class TargetError(Exception):
@@ -149,10 +149,10 @@ class Target(Protocol):
 
     # Registers and memory.
 
-    def read_registers(self, vcpu_id: int, banks: Bank) -> Values:
-        """At least the registers of `banks`, by the names in registers.TABLE, and with
-        Bank.SYSTEM also `cs_base`. Integers must fit the register's width. What is missing is
-        shown as unavailable."""
+    def read_registers(self, vcpu_id: int, banks: int) -> Values:
+        """At least the registers of `banks` (of registers.Bank, added up), by the names in
+        registers.TABLE, and with Bank.SYSTEM also `cs_base`. Integers must fit the register's
+        width. What is missing is shown as unavailable."""
 
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         """Write some registers: all or none."""
