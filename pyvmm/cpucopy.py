@@ -40,6 +40,36 @@ def complete_in_software(vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> boo
     return True
 
 
+def complete_for_host(vcpu: VcpuRecord, cpu: emulate.Cpu, code: bytes) -> bool:
+    """The same for an instruction that this host's KVM lacks: one of completions.py's."""
+    from pyvmm import completions  # few hosts need it
+
+    segments = bytes(cpu.sregs)
+    if not completions.complete(cpu, _ExtendedState(vcpu.handle), code):
+        return False
+    if bytes(cpu.sregs) != segments:  # to set them is slow
+        vcpu.handle.set(cpu.sregs)
+    vcpu.handle.set(cpu.regs)
+    return True
+
+
+class _ExtendedState:
+    """See completions.ExtendedState."""
+
+    def __init__(self, handle: handles.VcpuHandle) -> None:
+        self._handle = handle
+
+    def read(self) -> bytearray:
+        return bytearray(self._handle.get(kvm.kvm_xsave))
+
+    def write(self, area: bytearray) -> None:
+        self._handle.set(kvm.kvm_xsave.from_buffer_copy(area))
+
+    def xcr0(self) -> int:
+        xcrs = self._handle.get(kvm.kvm_xcrs)
+        return int(xcrs.xcrs[0].value) if xcrs.nr_xcrs else 1
+
+
 def _unmask_nmi(handle: handles.VcpuHandle) -> None:
     events = handle.get(kvm.kvm_vcpu_events)
     if events.nmi.masked:

@@ -8,12 +8,12 @@ CPUID Instruction" (leaves 0x80000001, 0x80000008, 0x8000001D, 0x8000001E).
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyvmm import kvm
+from pyvmm.light import Any
 
 _LEVEL_THREAD, _LEVEL_CORE = 1 << 8, 2 << 8  # leaf 0xB, ECX: the level's type
 _HTT = 1 << 28  # leaf 1, EDX: more than one logical processor in the package
+_CMPXCHG16B = 1 << 13  # leaf 1, ECX
 _TSC_DEADLINE = 1 << 24  # leaf 1, ECX: a mode of the LAPIC timer
 _HYPERVISOR = 1 << 31  # leaf 1, ECX: there are KVM's own leaves, from 0x40000000 on
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001, ECX: the same on AMD, as cores
@@ -29,6 +29,13 @@ def add_core_level(cpuid: Any) -> None:
                 leaf, 1, kvm.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
             )
             cpuid.header.nent += 1
+
+
+def hide_cmpxchg16b(cpuid: Any) -> None:
+    """For kernels on a host where it cannot be executed at CPL 0, whatever KVM calls supported."""
+    for entry in cpuid.entries[: cpuid.header.nent]:
+        if entry.function == 1:
+            entry.ecx &= ~_CMPXCHG16B
 
 
 def describe(cpuid: Any, vcpu_id: int, cpus: int, *, irqchip: bool) -> None:

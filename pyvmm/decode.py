@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from pyvmm import exits, kvm, x86
-from pyvmm.cpucopy import complete_in_software, copy_state
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.vcpurecord import Capability, VcpuRecord
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _mmio_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
 
 
 def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
-    if vm.hlt_traps or vm.stepper.used:
+    if vm.hlt_traps or vm.has_stepped:
         trapped, exit = vm.stepper.not_the_guests_hlt(vm, vcpu)
         if trapped:
             return exit
@@ -60,6 +59,8 @@ def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     if debug.exception == x86.VECTOR_BP:
         if vm.stepper.not_the_guests_int3(vm, vcpu):
             return None
+        from pyvmm.cpucopy import copy_state
+
         cpu = copy_state(vm.memory, vcpu)
         length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
         vcpu.last_bpt_length = length
@@ -86,6 +87,8 @@ def _bpt(vm: VM, vcpu: VcpuRecord, length: int) -> exits.Exit | None:
 
 def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     """KVM's instruction emulator gave up.  On some hosts that is how an int3 shows itself."""
+    from pyvmm.cpucopy import complete_for_host, complete_in_software, copy_state
+
     failure = vcpu.kvm_run.emulation_failure
     if failure.suberror != kvm.KVM_INTERNAL_ERROR_EMULATION:
         return exits.InternalError(failure.suberror, b"")
@@ -99,7 +102,7 @@ def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
             return None
         if Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
-    if complete_in_software(vcpu, cpu, code):
+    if complete_in_software(vcpu, cpu, code) or complete_for_host(vcpu, cpu, code):
         return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
     return exits.InternalError(failure.suberror, code)
 

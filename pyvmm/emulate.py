@@ -89,16 +89,17 @@ def complete(cpu: Cpu, code: bytes) -> bool:
     prefixes, rest = x86.split_prefixes(code, cpu.mode)
     for opcode, execute in INSTRUCTIONS:
         if rest.startswith(opcode):
-            return _or_undo(cpu, functools.partial(execute, cpu, prefixes, rest))
+            return or_undo(cpu, functools.partial(execute, cpu, prefixes, rest))
     return False
 
 
 def deliver_or_undo(cpu: Cpu, vector: int) -> bool:
     """deliver(), or False with nothing changed where it would fault on the way."""
-    return _or_undo(cpu, lambda: deliver(cpu, vector))
+    return or_undo(cpu, lambda: deliver(cpu, vector))
 
 
-def _or_undo(cpu: Cpu, change: Callable[[], None]) -> bool:
+def or_undo(cpu: Cpu, change: Callable[[], None]) -> bool:
+    """Call `change`, which changes `cpu`; False, with `cpu` as it was, when it raises."""
     before = kvm_regs.from_buffer_copy(cpu.regs), kvm_sregs.from_buffer_copy(cpu.sregs)
     try:
         change()
@@ -210,7 +211,7 @@ def _mov_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     number = modrm & 7
     if prefixes[-1:] and prefixes[-1] & 0xF1 == 0x41:  # REX.B
         number += 8
-    selector = getattr(cpu.regs, _REGISTERS[number]) & 0xFFFF
+    selector = getattr(cpu.regs, REGISTERS[number]) & 0xFFFF
     if cpu.mode is CpuMode.REAL:
         cpu.sregs.ss.selector, cpu.sregs.ss.base = selector, selector << 4
     elif cpu.mode is CpuMode.V8086 or selector & 3 != cpu.cpl:
@@ -221,7 +222,7 @@ def _mov_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     cpu.shadow(SHADOW_MOV_SS)
 
 
-_REGISTERS = (
+REGISTERS = (
     *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
     *(f"r{n}" for n in range(8, 16)),
 )

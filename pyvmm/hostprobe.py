@@ -14,12 +14,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
 
 from pyvmm import handles, kvm
-from pyvmm.lab import CODE, DATA, Lab, LabMode
+from pyvmm.lab import CODE, DATA, KERNEL_CODE, Lab, LabMode
+from pyvmm.light import Any, NamedTuple, TypeVar
 from pyvmm.vcpurecord import Injection
-from pyvmm.x86 import CR0_PG, DR6_HITS, VECTOR_BP
+from pyvmm.x86 import CR0_PG, DR6_HITS, EFER_SCE, MSR_LSTAR, MSR_STAR, VECTOR_BP
 
 _ENABLE, _STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_SINGLESTEP
 _SW_BP, _HW_BP = kvm.KVM_GUESTDBG_USE_SW_BP, kvm.KVM_GUESTDBG_USE_HW_BP
@@ -258,6 +258,25 @@ class HostProbe:
             return reached and bool(lab.cpu.get(kvm.kvm_sregs).cr0 & CR0_PG)
 
     @experiment
+    def cmpxchg16b(self) -> bool:
+        """lock cmpxchg16b at CPL 0."""
+        return self._reaches_end(
+            LabMode.LONG, b"\xf0\x48\x0f\xc7\x0c\x25" + DATA.to_bytes(4, "little")
+        )
+
+    @experiment
+    def syscall_user(self) -> bool:
+        """`syscall` at CPL 3: the first instruction at its entry is executed at CPL 0."""
+        code = b"\x0f\x05"
+        with self._lab(LabMode.USER, code) as lab:
+            sregs = lab.cpu.get(kvm.kvm_sregs)
+            sregs.efer |= EFER_SCE
+            lab.cpu.set(sregs)
+            entry = CODE + len(code)  # where the lab's hlt is, which is #GP at CPL 3
+            lab.cpu.set_msrs({MSR_STAR: KERNEL_CODE << 32, MSR_LSTAR: entry})
+            return lab.run() == kvm.KVM_EXIT_HLT and lab.rip == entry + 1
+
+    @experiment
     def crash_registers(self) -> bool:
         """After a triple fault the registers are those of the guest (AMD's KVM resets them)."""
         with self._lab(LabMode.LONG, b"\x0f\x0b") as lab:
@@ -379,6 +398,14 @@ FINDINGS = (
     Finding(
         "watchpoint-user", "watchpoints, CPL 3", lambda h: h.watchpoint_user,
         "watch works in user programs", "watch never stops in user programs",
+    ),
+    Finding(
+        "cmpxchg16b", "lock cmpxchg16b, CPL 0", lambda h: h.cmpxchg16b,
+        "kernels can use it", "fails, so CPUID hides it from kernels",
+    ),
+    Finding(
+        "syscall-user", "syscall, CPL 3", lambda h: h.syscall_user,
+        "enters the kernel", "stays at CPL 3: kernels boot, and their programs cannot call them",
     ),
     Finding(
         "crash-registers", "registers after a triple fault", lambda h: h.crash_registers,

@@ -14,15 +14,13 @@ import functools
 import threading
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from pyvmm import cpuid, cpustate, emulate, exits, handles, injection, kvm, x86
-from pyvmm.cpucopy import complete_in_software, copy_state
+from pyvmm import cpuid, cpustate, exits, handles, kvm, x86
 from pyvmm.cpustate import Register
 from pyvmm.debuggedset import DebuggedSet
 from pyvmm.decode import decode
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import GuestMemory, VirtualMemory
-from pyvmm.stepping import Stepper
 from pyvmm.vcpurecord import (
     Capability,
     Guard,
@@ -32,7 +30,9 @@ from pyvmm.vcpurecord import (
 )
 
 if TYPE_CHECKING:
+    from pyvmm.emulate import Cpu
     from pyvmm.hostprobe import HostProbe
+    from pyvmm.stepping import Stepper
 
 # Where KVM on Intel may put three hidden pages for real mode: below the BIOS, as api.rst advises.
 _TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
@@ -61,7 +61,7 @@ class VM(DebuggedSet):
         finally:
             system.close()
         self.memory = GuestMemory(self.handle)
-        self.stepper = Stepper(self.memory)
+        self.has_stepped = False  # a vCPU may meet traps that another's step planted, or has left
         self.cpus, self.irqchip = cpus, irqchip
         self.guard: Guard | None = None  # makes hlt_traps work in ring 3
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
@@ -98,6 +98,13 @@ class VM(DebuggedSet):
 
         return hostprobe.host(self._device)
 
+    @functools.cached_property
+    def stepper(self) -> Stepper:
+        """What single-steps the vCPUs: imported only when there is something to step."""
+        from pyvmm.stepping import Stepper
+
+        return Stepper(self.memory)
+
     # --- vCPUs ---------------------------------------------------------------------------------
 
     def create_vcpu(self, vcpu_id: int) -> None:
@@ -115,6 +122,14 @@ class VM(DebuggedSet):
         vcpu.startup_awaited = self._awaits_startup(vcpu_id)
         with self._lock:
             self._vcpus[vcpu_id] = vcpu
+
+    def hide_what_fails(self) -> None:
+        """Let CPUID hide from vCPUs that are made later what this host cannot execute at CPL 0.
+
+        For kernels that use whatever CPUID offers; the probe behind it takes 25 ms.
+        """
+        if not self.host.cmpxchg16b:
+            cpuid.hide_cmpxchg16b(self._cpuid)
 
     def _awaits_startup(self, vcpu_id: int) -> bool:
         """Whether the vCPU does not run from power-on, but from its start-up IPI on."""
@@ -323,6 +338,8 @@ class VM(DebuggedSet):
         Raises VmError: EINVAL no such vCPU, a vector outside 0..31, or #DF; EBUSY the vCPU is
         running, has I/O in flight, or has an exception pending already.
         """
+        from pyvmm import injection
+
         vcpu = self._accessible(vcpu_id)
         queued_length = injection.inject(self, vcpu, vector, error_code, restart_instruction)
         with self._lock:
@@ -439,6 +456,8 @@ class VM(DebuggedSet):
             with self._lock:
                 length, vcpu.bp_queued = vcpu.bp_queued, None
                 vcpu.update_attention()
+            from pyvmm import injection
+
             injection.deliver_breakpoint(self, vcpu, length)
             if Capability.MTRAP_EXIT in vcpu.wanted:
                 return exits.Mtrap()
@@ -493,12 +512,16 @@ class VM(DebuggedSet):
 
     # --- instructions executed by pyvmm (emulate.py) -------------------------------------------
 
-    def cpu(self, vcpu_id: int) -> emulate.Cpu:
+    def cpu(self, vcpu_id: int) -> Cpu:
         """A copy of a vCPU's state, with its view of memory.  Raises as get_register() does."""
+        from pyvmm.cpucopy import copy_state
+
         return copy_state(self.memory, self._accessible(vcpu_id))
 
     def execute_in_software(self, vcpu_id: int) -> bool:
         """Execute the instruction at RIP if it is one of emulate.py's.  Raises VmError (EBUSY)."""
+        from pyvmm.cpucopy import complete_in_software, copy_state
+
         vcpu = self._accessible(vcpu_id)
         cpu = copy_state(self.memory, vcpu)
         return complete_in_software(vcpu, cpu, cpu.fetch())

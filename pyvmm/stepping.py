@@ -18,11 +18,11 @@ real trap flag, which stops after each repetition.  The last stop is behind it.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
 
 from pyvmm import emulate, exits, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.decode import decode
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.steptraps import HLT, INT3, StepTraps, leave_handler_frame, undo_fault
 from pyvmm.vcpurecord import Capability, VcpuRecord
@@ -43,7 +43,6 @@ class Stepper:
         self._memory = memory
         self._lock = threading.Lock()  # held while traps are planted, also over KVM_RUN
         self._traps = StepTraps(memory)
-        self.used = False  # whether a trap was ever planted
 
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
@@ -64,7 +63,7 @@ class Stepper:
                     return self._step_without_guard(vm, vcpu)
             if complete_in_software(vcpu, cpu, code):
                 return exits.Mtrap()
-        self.used = True
+        vm.has_stepped = True
         vcpu.step_rip = cpu.regs.rip
         with self._lock:
             # A host that delivers the step's #DB at CPL 3 to the guest needs a gate to do so.
@@ -150,7 +149,7 @@ class Stepper:
 
     def not_the_guests_int3(self, vm: VM, vcpu: VcpuRecord) -> bool:
         """Whether an int3 that a vCPU left with was a trap for another's step, gone by now."""
-        if not (vm.irqchip and self.used):
+        if not (vm.irqchip and vm.has_stepped):
             return False
         with self._lock:
             cpu = copy_state(vm.memory, vcpu)

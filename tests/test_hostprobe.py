@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from pyvmm import Machine, StopReason, hostprobe, kvm
-from pyvmm.boot import Image, Mode, Segment
+from pyvmm.boot import Image, Mode, Segment, read_image
 from pyvmm.hostprobe import FINDINGS, HostProbe, host
 from pyvmm.lab import Lab, LabMode
 from pyvmm.vcpurecord import Injection
@@ -53,6 +54,14 @@ def pyvmm(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=50,
     )
+
+
+def test_cpuid_offers_cmpxchg16b_to_kernels_only_where_it_works(tmp_path: Path) -> None:
+    code = tmp_path / "kernel.bin"
+    code.write_bytes(bytes.fromhex("b801000000 31c9 0fa2 f4"))  # eax = 1, ecx = 0; cpuid; hlt
+    with Machine(read_image(code)._replace(trusts_cpuid=True)) as machine:
+        assert machine.run(timeout=PATIENCE).reason is StopReason.HALTED
+        assert bool(machine.registers()["rcx"] >> 13 & 1) == host().cmpxchg16b
 
 
 # --- at most once, and only when asked -----------------------------------------------------------
