@@ -201,7 +201,9 @@ def test_step_of_one_while_the_others_run_into_a_breakpoint() -> None:
     with Debuggee(COUNT, cpus=3) as debuggee, debuggee.connect() as client:
         client.insert(COUNT_INC)
         seen = set()
-        for _ in range(cycles(300)):
+        for count in range(300):
+            if "step" in seen and count >= cycles(300):
+                break
             stop = client.resume("vCont;s:1;c")
             seen.add("hit" if "swbreak" in stop else "step")
             if "swbreak" in stop:

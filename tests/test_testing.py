@@ -286,6 +286,7 @@ def test_a_wait_in_vain_is_reported_with_output_place_and_registers(
         """
         def test_login(boot):
             guest = boot(MULTIBOOT, cpus=2)
+            guest.wait_for("> ")
             guest.wait_for("login:", timeout=0.5)
         """,
     )
