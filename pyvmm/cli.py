@@ -11,7 +11,7 @@ from contextlib import nullcontext, suppress
 from types import FrameType
 
 from pyvmm.boot import ImageError, Mode, read_image
-from pyvmm.console import KeptOutput, Output, RawTerminal, in_background
+from pyvmm.console import EscapeKeys, KeptOutput, Output, RawTerminal, in_background
 from pyvmm.light import TYPE_CHECKING, NoReturn
 from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
@@ -32,6 +32,11 @@ exit status:
   6        the guest crashed (triple fault, an exit that nobody handles)
   124      --timeout ran out
   130/143  ended by SIGINT/SIGTERM
+
+keys, where stdin is a terminal:
+  Ctrl-A x                 end the VM and leave, with status 0
+  Ctrl-A h                 show these keys; Ctrl-A Ctrl-A sends Ctrl-A to the guest
+  Ctrl-C                   the same with status 130; in a Linux guest the guest's own
 
 examples:
   pyvmm guests/hello.bin                    run a flat binary in 64-bit mode
@@ -322,10 +327,11 @@ def _run(arguments: argparse.Namespace) -> int:
             machine.on_hurry(output.stop)
             tracer = _trace(machine) if arguments.trace else None
             server = _debug_server(machine, arguments) if arguments.gdb else None
+            escape = EscapeKeys(machine.interrupt, print_output) if os.isatty(0) else None
             try:
                 with _live_screen(machine) if live else nullcontext():
                     stop, signal_number = _run_until_signal(
-                        machine, arguments.timeout, not stdio, arguments.screen, console
+                        machine, arguments.timeout, not stdio, arguments.screen, console, escape
                     )
                 kept.print()
                 if arguments.screen:
@@ -416,6 +422,7 @@ def _run_until_signal(
     input_is_ours: bool,
     to_keyboard: bool,
     console: VirtioConsole | None,
+    escape: EscapeKeys | None,
 ) -> tuple[Stop, int | None]:
     """Run with keystrokes going to the guest; the signal that ended it, if one did."""
     received: list[int] = []
@@ -429,11 +436,13 @@ def _run_until_signal(
     previous = {n: signal.signal(n, on_signal) for n in wanted}
     previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
-        with RawTerminal(0 if input_is_ours else -1):
+        # A shell in a Linux guest wants ^C and its like.
+        all_keys = escape is not None and machine.image.kind.startswith(("Linux", "PVH"))
+        with RawTerminal(0 if input_is_ours else -1, all_keys=all_keys):
             if console is not None and os.isatty(1):
                 machine.on_look(_WindowSize(console))
             if input_is_ours and sys.stdin is not None:
-                machine.connect_input(0, keyboard=to_keyboard, console=console)
+                machine.connect_input(0, keyboard=to_keyboard, console=console, escape=escape)
             stop = machine.run(timeout)
     finally:
         signal.set_wakeup_fd(previous_fd)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 # A pipe that poll() calls writable takes at least this much without blocking (pipe(7)).
@@ -90,15 +91,65 @@ def in_background(fd: int) -> bool:
         return False
 
 
+class EscapeKeys:
+    """What is typed on a terminal, without what is meant for us: Ctrl-A and one more key.
+
+    It is read also while the guest takes nothing, so that a guest that hangs can be left.
+    """
+
+    _ROOM = 4096  # bytes that wait for the guest
+    _HELP = (
+        b"\nCtrl-A x        end the VM and leave\n"
+        b"Ctrl-A Ctrl-A   send Ctrl-A to the guest\n"
+        b"Ctrl-A h        this help\n"
+    )
+
+    def __init__(self, leave: Callable[[], None], show: Callable[[bytes], None]) -> None:
+        """`show` prints on the terminal."""
+        self._leave, self._show = leave, show
+        self._escaped = False  # the last key was Ctrl-A
+        self._waiting = bytearray()
+
+    def room(self) -> int:
+        """How many bytes receive() can be given now."""
+        return self._ROOM - len(self._waiting)
+
+    def receive(self, data: bytes) -> None:
+        """Sort out what was typed.  Another key than those in the help does nothing."""
+        for key in data:
+            if self._escaped:
+                self._escaped = False
+                if key in b"xX":
+                    self._leave()
+                elif key in b"hH?":
+                    self._show(self._HELP)
+                elif key == _CONTROL_A:
+                    self._waiting.append(key)
+            elif key == _CONTROL_A:
+                self._escaped = True
+            else:
+                self._waiting.append(key)
+
+    def take(self, room: int) -> bytes:
+        """At most `room` bytes for the guest."""
+        taken = bytes(self._waiting[:room])
+        del self._waiting[:room]
+        return taken
+
+
+_CONTROL_A = 1
+
+
 class RawTerminal:
     """While open, keystrokes come one by one and are not echoed; ^C still interrupts.
 
+    With `all_keys` it does not, and no other key has a meaning for the terminal.
     A context manager that always restores the terminal.  Does nothing where `fd` is no terminal,
     or where we are in the background: changing a terminal from there would stop the process.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, *, all_keys: bool = False) -> None:
+        self._fd, self._all_keys = fd, all_keys
         self._saved: list[object] | None = None
 
     def __enter__(self) -> RawTerminal:
@@ -108,6 +159,11 @@ class RawTerminal:
 
             self._saved = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd, termios.TCSADRAIN)
+            if self._all_keys:
+                mode = termios.tcgetattr(self._fd)
+                mode[0] &= ~termios.IXON
+                mode[3] &= ~(termios.ISIG | termios.IEXTEN)
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, mode)
         return self
 
     def __exit__(

@@ -37,6 +37,7 @@ from pyvmm.pc import Facts, Pc, Wiring
 from pyvmm.stop import Stop, StopReason
 
 if TYPE_CHECKING:
+    from pyvmm.console import EscapeKeys
     from pyvmm.debug import DebugServer
     from pyvmm.devices.virtio import VirtioDevice
     from pyvmm.idle import IdleWatch
@@ -121,6 +122,7 @@ class Machine:
         self._wake, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._input: int | None = None
         self._input_is_typed = False
+        self._escape: EscapeKeys | None = None
         self._at_end: list[Callable[[], None]] = []
         self._on_hurry: list[Callable[[], None]] = []
         self._on_reset: list[Callable[[], None]] = []
@@ -308,6 +310,10 @@ class Machine:
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         room = _KEYS if self._input_is_typed else self._receiver.room()
+        if self._escape is not None:
+            if keys := self._escape.take(room):
+                self._give(keys)
+            room = self._escape.room()
         if self._input is not None and room:
             poll.register(self._input, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
@@ -322,21 +328,34 @@ class Machine:
             data = os.read(self._input, room)
         except OSError:  # not open for reading, or the terminal is gone
             data = b""
+        if self._escape is not None:
+            self._escape.receive(data)
+        else:
+            self._give(data)
+        if not data:
+            self._input = None
+
+    def _give(self, data: bytes) -> None:
+        """Let the guest have input."""
         if self._input_is_typed:
             self.pc.keyboard.type_bytes(data)
         else:
             self._receiver.receive(data)
-        if not data:
-            self._input = None
 
     def connect_input(
-        self, fd: int, *, keyboard: bool = False, console: Receiver | None = None
+        self,
+        fd: int,
+        *,
+        keyboard: bool = False,
+        console: Receiver | None = None,
+        escape: EscapeKeys | None = None,
     ) -> None:
         """Let what can be read from `fd` reach the guest while run() waits.
 
         At COM1; at another `console`; or on the `keyboard`, an American one, from a terminal.
+        `escape` keeps what is not for the guest.
         """
-        self._input, self._input_is_typed = fd, keyboard
+        self._input, self._input_is_typed, self._escape = fd, keyboard, escape
         self._receiver = console or self.pc.serial
 
     def interrupt(self) -> None:
