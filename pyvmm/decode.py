@@ -7,7 +7,7 @@ None has dealt with the exit itself, and the guest is entered again.
 
 from __future__ import annotations
 
-import functools
+import mmap
 import struct
 from collections.abc import Callable
 
@@ -18,29 +18,46 @@ from pyvmm.vcpurecord import Capability, VcpuRecord
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
 
-# kvm_run's exit_reason, and the io of its union (tests compare the offsets with the structs').
-_KVM_RUN_OFFSET = kvm.kvm_run.exit_reason.offset
+_KVM_RUN_IO = struct.Struct("=BBHIQ")
 _KVM_RUN_MMIO = struct.Struct("=Q8sIB")
-_KVM_RUN = struct.Struct(f"=I{kvm.kvm_run.exit.offset - _KVM_RUN_OFFSET - 4}xBBHIQ")
 
-# Exits are values, and a polling guest makes the same few over and over: keep them.
-_in_out = functools.lru_cache(maxsize=1024)(exits.InOut)
-_mmio = functools.lru_cache(maxsize=1024)(exits.Mmio)
+# A polling guest makes the same few accesses over and over, and an exit is a value: what the same
+# bytes were decoded to before, they are again.  These are all that an access is told by.
+_REASON_AND_ACCESS = slice(kvm.kvm_run.exit_reason.offset, kvm.kvm_run.exit.offset + 24)
+_PORT_DATA = slice(mmap.PAGESIZE, mmap.PAGESIZE + 8)
+_MAX_KNOWN = 1024
+_known: dict[tuple[bytes, bytes], exits.InOut | exits.Mmio] = {}
 
 
 def decode(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     """The exit that `vcpu`'s kvm_run tells of; None: dealt with, enter again."""
-    reason, direction, size, port, count, offset = _KVM_RUN.unpack_from(vcpu.map, _KVM_RUN_OFFSET)
-    if reason == kvm.KVM_EXIT_IO:  # by far the most frequent: everything in one go
-        if direction == kvm.KVM_EXIT_IO_IN:
-            return _in_out(port, size, True, count, b"")
-        return _in_out(port, size, False, count, vcpu.map[offset : offset + size * count])
-    return DECODERS.get(reason, _unhandled)(vm, vcpu)
+    map = vcpu.map
+    exit = _known.get((map[_REASON_AND_ACCESS], map[_PORT_DATA]))
+    return exit or DECODERS.get(vcpu.kvm_run.exit_reason, _unhandled)(vm, vcpu)
+
+
+def _remember(vcpu: VcpuRecord, exit: exits.InOut | exits.Mmio) -> None:
+    if len(_known) >= _MAX_KNOWN:  # a guest can make any number of different ones
+        _known.clear()
+    _known[vcpu.map[_REASON_AND_ACCESS], vcpu.map[_PORT_DATA]] = exit
+
+
+def _io_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
+    fields = _KVM_RUN_IO.unpack_from(vcpu.map, kvm.kvm_run.exit.offset)
+    direction, size, port, count, offset = fields
+    is_in = direction == kvm.KVM_EXIT_IO_IN
+    data = b"" if is_in else vcpu.map[offset : offset + size * count]
+    exit = exits.InOut(port, size, is_in, count, data)
+    if offset == _PORT_DATA.start and len(data) <= 8:
+        _remember(vcpu, exit)
+    return exit
 
 
 def _mmio_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
     gpa, data, length, is_write = _KVM_RUN_MMIO.unpack_from(vcpu.map, kvm.kvm_run.exit.offset)
-    return _mmio(gpa, length, bool(is_write), data[:length] if is_write else b"")
+    exit = exits.Mmio(gpa, length, bool(is_write), data[:length] if is_write else b"")
+    _remember(vcpu, exit)
+    return exit
 
 
 def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
@@ -125,6 +142,7 @@ def _unhandled(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
 
 
 DECODERS: dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]] = {
+    kvm.KVM_EXIT_IO: _io_exit,
     kvm.KVM_EXIT_MMIO: _mmio_exit,
     kvm.KVM_EXIT_HLT: _hlt_exit,
     kvm.KVM_EXIT_DEBUG: _debug_exit,
