@@ -8,6 +8,7 @@
  * to, and COUNTER, the address where spin() counts.
  *
  *     floor exits GUEST VCPUS   seconds and CPU seconds from the first mark to the last
+ *     floor coalesced GUEST PORT  the same, one vCPU, with writes to PORT collected by the kernel
  *     floor kick GUEST COUNT    microseconds from a kick to the vCPU's answer, one a line
  *     floor cycles GUEST COUNT  seconds for so many suspend and resume cycles
  *     floor steps GUEST COUNT   seconds and CPU seconds for so many single-steps
@@ -48,6 +49,7 @@ struct vcpu {
 static struct vcpu vcpus[MAX_VCPUS];
 static int nr_vcpus, kvm, vm, printing;
 static volatile uint32_t *counter;
+static struct kvm_coalesced_mmio_ring *ring; /* NULL unless the kernel collects writes */
 
 static void check(long result, const char *what)
 {
@@ -157,6 +159,8 @@ static void *run_until_hlt(void *argument)
     struct vcpu *v = argument;
     for (;;) {
         check(ioctl(v->fd, KVM_RUN, 0), "KVM_RUN");
+        if (ring)
+            ring->first = ring->last;
         switch (v->run->exit_reason) {
         case KVM_EXIT_IO:
             port_exit(v);
@@ -178,6 +182,14 @@ static void run_all(void)
         pthread_create(&vcpus[n].thread, NULL, run_until_hlt, &vcpus[n]);
     for (int n = 0; n < nr_vcpus; n++)
         pthread_join(vcpus[n].thread, NULL);
+}
+
+static void coalesce(int port)
+{
+    struct kvm_coalesced_mmio_zone zone = {.addr = port, .size = 1, .pio = 1};
+    check(ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone), "KVM_REGISTER_COALESCED_MMIO");
+    int page = ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_COALESCED_MMIO);
+    ring = (void *)((char *)vcpus[0].run + page * sysconf(_SC_PAGESIZE));
 }
 
 static void measure_exits(void)
@@ -303,6 +315,10 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "exits") && number >= 1 && number <= MAX_VCPUS) {
         make_machine(argv[2], number);
         measure_exits();
+    } else if (!strcmp(mode, "coalesced")) {
+        make_machine(argv[2], 1);
+        coalesce(number);
+        measure_exits();
     } else if (!strcmp(mode, "kick") || !strcmp(mode, "cycles")) {
         make_machine(argv[2], 1);
         measure_kicks(number, mode[0] == 'k');
@@ -314,7 +330,7 @@ int main(int argc, char **argv)
         make_machine(argv[2], 1);
         run_all();
     } else {
-        fprintf(stderr, "usage: floor exits|kick|cycles|steps|start GUEST [NUMBER]\n");
+        fprintf(stderr, "usage: floor exits|coalesced|kick|cycles|steps|start GUEST [NUMBER]\n");
         return 2;
     }
     return 0;
