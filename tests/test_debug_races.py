@@ -137,6 +137,7 @@ def _both_at_the_breakpoint(debuggee: Debuggee, client: RspClient) -> tuple[int,
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_breakpoint_removed_while_another_vcpu_waits_to_report_it() -> None:
     """The waiting vCPU executes the guest's own instruction, and its event is discarded."""
     with Debuggee(COUNT, cpus=2) as debuggee, debuggee.connect() as client:
@@ -153,6 +154,7 @@ def test_breakpoint_removed_while_another_vcpu_waits_to_report_it() -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_the_waiting_vcpus_event_is_reported_before_anybody_runs() -> None:
     with Debuggee(COUNT, cpus=2) as debuggee, debuggee.connect() as client:
         client.insert(COUNT_NOP)
@@ -370,7 +372,7 @@ MOMENTS = [
     _in_a_step_onto_a_breakpoint,
     _with_all_breakpoints,
     _in_the_middle_of_a_packet,
-    _with_unread_replies,
+    pytest.param(_with_unread_replies, marks=pytest.mark.slow),
     _subset_running,
 ]
 

@@ -155,6 +155,7 @@ def test_nonsense_at_the_ports_of_devices_in_every_width(irqchip: bool) -> None:
     run_to_the_end(guest(program + END, *[table] * CPUS), irqchip)
 
 
+@pytest.mark.slow
 def test_nonsense_at_every_port() -> None:
     """Each processor has a third of the ports, and each port its width."""
     requires("irqchip")

@@ -23,9 +23,12 @@ from tests.hosts.packages import HostsError
 # Plain assertions: pytest would compile the tests anew, which takes an emulated processor a minute.
 TESTS = """\
 python3 -m pyvmm --probe --json >$RESULTS/probe.json || echo "@@error the probe failed"
-python3 -m pytest -m 'kvm and not process' -v -o timeout=600 --assert=plain \\
+python3 -m pytest -m '{marks}' -v -o timeout=600 --assert=plain \\
     -p no:cacheprovider -p tests.hosts.quirks --junit-xml=$RESULTS/junit.xml {arguments}
 """
+
+# Where Bochs would take hours: to start a Python takes it five seconds.
+SLOW_HOSTS = ("intel",)
 
 
 def main() -> int:
@@ -42,6 +45,8 @@ def main() -> int:
         print(f"tests.hosts: {error}", file=sys.stderr)
         return 2
     for result in results:
+        if not arguments.run and (skips := report.wrong_skips(result)):
+            result.failure = "\n  ".join(["skipped what must run here:", *skips])
         if result.failure:
             print(f"{result.host}: {result.failure}", file=sys.stderr)
     if arguments.output:
@@ -65,6 +70,9 @@ def _arguments() -> argparse.Namespace:
         "--list-packages", action="store_true", help="print the Debian packages that are needed"
     )
     parser.add_argument("--run", metavar="COMMAND", help="run this shell command, not the tests")
+    parser.add_argument(
+        "--all", action="store_true", help="on a slow host also what is left out there"
+    )
     parser.add_argument("--timeout", type=float, default=1500, metavar="SECONDS", help="a host's")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="hosts at a time")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="save what came back here")
@@ -81,13 +89,28 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _test_files() -> list[str]:
-    """The files with KVM tests: only to collect all the others takes Bochs minutes."""
+def _job(host: str, arguments: argparse.Namespace) -> str:
+    """The shell command that host runs."""
+    if arguments.run:
+        return str(arguments.run)
+    everything = arguments.all or host not in SLOW_HOSTS
+    tests = arguments.pytest or _test_files(everything)
+    marks = "kvm" if everything else "kvm and not slow"
+    return TESTS.format(marks=marks, arguments=shlex.join(tests))
+
+
+def _test_files(everything: bool) -> list[str]:
+    """The files with KVM tests: only to collect all the others takes Bochs minutes.
+
+    Not those that need gdb or lldb, which the hosts do not have, and without everything not those
+    that start a process in each test.
+    """
+    left_out = "needs_gdb|needs_lldb" if everything else "process"
     found = []
     for path in sorted(Path("tests").glob("test_*.py")):
         text = path.read_text()
-        every_test_starts_a_process = re.search(r"^pytestmark = .*process", text, re.MULTILINE)
-        if "pytest.mark.kvm" in text and not every_test_starts_a_process:
+        of_all_tests = re.search(rf"^pytestmark = .*({left_out})", text, re.MULTILINE)
+        if "pytest.mark.kvm" in text and not of_all_tests:
             found.append(str(path))
     return found
 
@@ -95,15 +118,15 @@ def _test_files() -> list[str]:
 def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
     """Build what the hosts need and run them; return their results in the order asked for."""
     packages.check_installed(arguments.hosts)
-    command = arguments.run or TESTS.format(arguments=shlex.join(arguments.pytest or _test_files()))
+    jobs = {host: _job(host, arguments) for host in arguments.hosts}
     stop = threading.Event()
     with tempfile.TemporaryDirectory(prefix="pyvmm-hosts.") as folder:
-        kernel, archive = _build(command, Path(folder))
+        kernel, archives = _build(jobs, Path(folder))
 
         def run(host: str) -> session.Result:
             _progress(host, "booting")
             on_line = Progress(host, show=bool(arguments.run))
-            result = session.run(host, kernel, archive, arguments.timeout, stop, on_line)
+            result = session.run(host, kernel, archives[host], arguments.timeout, stop, on_line)
             _progress(
                 host,
                 f"status {result.status}, {result.boot_seconds:.0f} s to boot, "
@@ -119,8 +142,8 @@ def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
                 raise
 
 
-def _build(command: str, folder: Path) -> tuple[Path, Path]:
-    """Return the kernel, and the initrd with this command in it, which is made in folder."""
+def _build(jobs: dict[str, str], folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Return the kernel, and for each host the initrd with its job in it, made in folder."""
     wanted = packages.resolve()
     cache = packages.cache_folder() / packages.key(wanted)
     if not (cache / "root").is_dir():
@@ -131,13 +154,15 @@ def _build(command: str, folder: Path) -> tuple[Path, Path]:
     if not base.exists():
         _progress("build", "making the initrd")
         initrd.build_base(root, kernel.name.removeprefix("vmlinuz-"), base)
-    archive = folder / "initrd"
-    initrd.build_checkout(root, command, folder / "checkout")
-    with archive.open("wb") as out:
-        for part in (base, folder / "checkout"):
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, out)
-    return kernel, archive
+    initrd.build_checkout(root, folder / "checkout")
+    archives = {host: folder / f"initrd-{host}" for host in jobs}
+    for host, archive in archives.items():
+        initrd.build_job(jobs[host], folder / "job")
+        with archive.open("wb") as out:
+            for part in (base, folder / "checkout", folder / "job"):
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, out)
+    return kernel, archives
 
 
 class Progress:

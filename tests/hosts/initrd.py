@@ -27,7 +27,7 @@ from typing import BinaryIO
 from tests.hosts.packages import LIBRARIES, HostsError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-CHECKOUT_PARTS = ("pyvmm", "tests", "guests", "pyproject.toml")
+CHECKOUT_PARTS = ("pyvmm", "tests", "guests", "docs", "pyproject.toml")
 MODULES = ("kvm-amd", "kvm-intel")
 
 # Parts of the standard library that no test uses and that would only cost memory and time to load.
@@ -131,8 +131,8 @@ def build_base(root: Path, kernel_release: str, out: Path) -> None:
         os.replace(partial, out)
 
 
-def build_checkout(root: Path, command: str, out: Path) -> None:
-    """Write the archive of /init, the checkout (the work tree) and the job to run in it."""
+def build_checkout(root: Path, out: Path) -> None:
+    """Write the archive of /init and the checkout (the work tree)."""
     with tempfile.TemporaryDirectory() as scratch, out.open("wb") as file:
         copy = Path(scratch) / "checkout"
         copy.mkdir()
@@ -143,8 +143,15 @@ def build_checkout(root: Path, command: str, out: Path) -> None:
         archive = CpioWriter(file)
         init = Path(__file__).with_name("init.sh").read_bytes()
         archive.file("init", init, executable=True)
-        archive.file("job", command.encode() + b"\n")
         archive.tree(copy, "checkout")
+        archive.finish()
+
+
+def build_job(command: str, out: Path) -> None:
+    """Write the archive of the shell command that the host runs."""
+    with out.open("wb") as file:
+        archive = CpioWriter(file)
+        archive.file("job", command.encode() + b"\n")
         archive.finish()
 
 

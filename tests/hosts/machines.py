@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.hosts import packages
 from tests.hosts.packages import HostsError
 
 
@@ -127,3 +128,11 @@ def intel(boot: Boot) -> list[str]:
 
 
 MACHINES: dict[str, Callable[[Boot], list[str]]] = {"amd": amd, "intel": intel}
+
+EMULATORS = {"amd": ("QEMU", "qemu-system-x86"), "intel": ("Bochs", "bochs")}
+
+
+def emulator(host: str) -> str:
+    """Return the name and the upstream version of a host's emulator: "Bochs 2.7"."""
+    name, package = EMULATORS[host]
+    return f"{name} {packages.upstream_version(package)}"

@@ -70,6 +70,13 @@ def check_installed(hosts: Iterable[str]) -> None:
         )
 
 
+def upstream_version(package: str) -> str:
+    """Return an installed package's version without what Debian adds: 1:7.2+dfsg-7 is 7.2."""
+    version = _run(["dpkg-query", "-W", "-f", "${Version}", package])
+    match = re.match(r"(?:\d+:)?([\d.]+)", version)
+    return match[1] if match else version
+
+
 def cache_folder() -> Path:
     """Return the cache folder: $PYVMM_HOSTS_CACHE, or pyvmm-hosts in the user's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
