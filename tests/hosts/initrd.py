@@ -20,7 +20,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -116,14 +116,14 @@ def build_base(root: Path, kernel_release: str, out: Path) -> None:
             archive.character_device("dev/console", 5, 1)
             archive.link("lib64", "usr/lib")
             archive.link("lib", "usr/lib")
-            archive.file("bin/busybox", _find(root, "bin/busybox").read_bytes(), executable=True)
+            archive.file("bin/busybox", find(root, "bin/busybox").read_bytes(), executable=True)
             archive.link("bin/python3", f"/usr/bin/{python.name}")
             archive.tree(Path(scratch) / "usr/bin", "usr/bin")
             archive.tree(Path(scratch) / "usr/lib", "usr/lib")
             archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
             archive.file("etc/group", b"root:x:0:\n")
             archive.file("etc/hosts", b"127.0.0.1 localhost emulated-host\n")
-            order = list(_modules(root / "lib/modules" / kernel_release))
+            order = list(modules(root / "lib/modules" / kernel_release, MODULES))
             for name, content in order:
                 archive.file(f"modules/{name}.ko", content)
             archive.file("modules/order", "\n".join(name for name, _ in order).encode())
@@ -249,7 +249,7 @@ def _compile(root: Path, folder: Path, inside: str, *, keep_sources: bool = Fals
     the compiled files go where the sources were. "unchecked-hash" files are valid whatever a
     source's time: nothing in the host changes sources.
     """
-    loader = _find(root, "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+    loader = find(root, "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
     interpreter = next((root / "usr/bin").glob("python3.*"))
     paths = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"]
     command = [str(loader), "--library-path", ":".join(map(str, paths)), str(interpreter)]
@@ -270,8 +270,8 @@ def _compile(root: Path, folder: Path, inside: str, *, keep_sources: bool = Fals
             source.unlink()
 
 
-def _modules(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield the KVM modules and those they need, name and content, in an order to load them."""
+def modules(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield modules and those they need, name and content, in an order to load them."""
     files = {file.name.split(".")[0].replace("_", "-"): file for file in folder.rglob("*.ko*")}
     done: set[str] = set()
 
@@ -288,7 +288,7 @@ def _modules(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield from load(needed.replace("_", "-"))
         yield name, _unsigned(content)
 
-    for name in MODULES:
+    for name in wanted:
         if name not in files:
             raise HostsError(f"{folder}: no module {name}")
         yield from load(name)
@@ -310,7 +310,7 @@ def _unsigned(module: bytes) -> bytes:
 SIGNATURE_MAGIC = b"~Module signature appended~\n"
 
 
-def _find(root: Path, name: str) -> Path:
+def find(root: Path, name: str) -> Path:
     """Return name below root, or below its usr (Debian 13 moved /lib and /bin there)."""
     for file in (root / name, root / "usr" / name):
         if file.exists():

@@ -47,12 +47,13 @@ KERNEL_PARAMETERS = (
 def amd(boot: Boot) -> list[str]:
     """Return the command line of QEMU's software SVM, on which kvm_amd loads.
 
-    One thread for both processors: with thread=multi the host hangs after some minutes of guests
-    that raise exceptions (QEMU 7.2; seen three times in five runs, never with thread=single).
+    One processor: with two that take turns on a thread QEMU delivers some interrupts of guests
+    twice, and with a thread each (thread=multi) the host hangs after some minutes of guests that
+    raise exceptions (QEMU 7.2; docs/hosts.md).
     """
     return [
         *("qemu-system-x86_64", "-accel", "tcg,thread=single", "-cpu", "max,+svm"),
-        *("-smp", "2", "-m", "1G", "-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-smp", "1", "-m", "1G", "-nodefaults", "-no-user-config", "-no-reboot"),
         *("-display", "none", "-monitor", "none"),
         *("-serial", f"file:{boot.console}", "-serial", f"file:{boot.wire}"),
         *("-kernel", str(boot.kernel), "-initrd", str(boot.initrd)),

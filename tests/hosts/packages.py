@@ -94,7 +94,8 @@ def resolve() -> dict[str, str]:
     kernel = _dependency(top, KERNEL_METAPACKAGE, r"linux-image-\d.*")
     python = _dependency(top, PYTHON_METAPACKAGE, r"python3\.\d+")
     own = (f"{python}-minimal", f"lib{python}-minimal", f"lib{python}-stdlib")
-    return _show([kernel, "busybox-static", *own, *LIBRARIES], "Version")
+    static = ("busybox-static", "e2fsck-static")
+    return _show([kernel, *static, *own, *LIBRARIES], "Version")
 
 
 def key(packages: dict[str, str]) -> str:

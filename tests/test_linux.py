@@ -1,0 +1,125 @@
+"""Linux from its kernel to a shell and back: disk, power-off, reset and panic.
+
+The kernel is Debian's cloud kernel (tests/hosts/linux.py); the tests type at its serial console.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyvmm import StopReason
+from pyvmm.boot import read_image
+from pyvmm.devices.virtio_blk import VirtioBlk
+from pyvmm.devices.virtio_rng import VirtioRng
+from pyvmm.disk import Disk
+from pyvmm.testing import Guest
+from tests.hosts import linux, packages
+from tests.support import requires
+
+pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+MIB = 1 << 20
+BOOT = 240.0  # seconds; a kernel on an emulated processor takes 15 to 40
+STEP = 60.0
+PROMPT = " # "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernel, its initrd and e2fsck."""
+    requires("irqchip")
+    requires("syscall-user")
+    try:
+        return linux.find(tmp_path_factory.mktemp("linux"))
+    except packages.HostsError as error:
+        pytest.skip(f"no Linux kernel: {error}")
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Path]:
+    """A disk that the guest has put a file system and its own programs on."""
+    path = tmp_path_factory.mktemp("disk") / "disk"
+    path.write_bytes(b"")
+    with path.open("r+b") as file:
+        file.truncate(32 * MIB)
+    with boot(folder, path, cpus=2) as guest:
+        wait_for_shell(guest, "rootfs")
+        assert run(guest, "nproc") == "2"
+        assert run(guest, "cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0"
+        run(guest, "mke2fs /dev/vda >/dev/null")
+        run(guest, "mount /dev/vda /root")
+        run(guest, "cd /root; mkdir proc sys dev")
+        run(guest, "cp -a /bin /init .; echo before >kept")
+        run(guest, "cd /; umount /root")
+        power_off(guest)
+    fsck(folder, path)
+    yield path
+
+
+def boot(folder: Path, disk: Path | None = None, append: str = "", **machine: Any) -> Guest:
+    image = read_image(
+        str(folder / "vmlinuz"),
+        append=f"console=ttyS0 quiet panic=-1 {append}",
+        initrd=str(folder / "initrd"),
+    )
+    virtio = [VirtioBlk(Disk(str(disk))), VirtioRng()] if disk else []
+    return Guest(image, memory=256 * MIB, virtio=virtio, **machine)
+
+
+def run(guest: Guest, command: str) -> str:
+    """Type a command at the shell's prompt; returns what it prints, and it must succeed."""
+    guest.type(f"{command}; echo status=$?\n")
+    guest.wait_for("\n")  # what was typed, as the terminal has echoed it
+    output, _, status = guest.wait_for(PROMPT, STEP).rpartition("status=")
+    assert status.startswith("0"), f"{command}: {output}"
+    return output.strip()
+
+
+def wait_for_shell(guest: Guest, root: str) -> None:
+    guest.wait_for(f"a shell on {root}\r\n", BOOT)
+    guest.wait_for(PROMPT, STEP)
+
+
+def power_off(guest: Guest) -> None:
+    guest.type("poweroff -f\n")
+    stop = guest.wait(STEP)
+    assert (stop.reason, stop.status) == (StopReason.POWERED_OFF, 0)
+
+
+def fsck(folder: Path, disk: Path) -> None:
+    """The host finds a clean file system with nothing to correct."""
+    done = subprocess.run(
+        [folder / "e2fsck", "-f", "-n", disk], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not cleanly unmounted" not in done.stdout
+
+
+def test_a_root_file_system_is_written_and_outlives_power_off_and_reboot(
+    folder: Path, disk: Path
+) -> None:
+    with boot(folder, disk, "root=/dev/vda") as guest:
+        wait_for_shell(guest, "/dev/vda")
+        assert run(guest, "cat /kept") == "before"
+        run(guest, "echo written >/kept; seq 100000 >/numbers")
+        run(guest, "mount -o remount,ro /")
+        guest.type("reboot -f\n")
+        wait_for_shell(guest, "/dev/vda")
+        assert run(guest, "cat /kept") == "written"
+        run(guest, "seq 100000 | cmp - /numbers")
+        run(guest, "mount -o remount,ro /")
+        power_off(guest)
+    fsck(folder, disk)
+    assert b"written\n" in disk.read_bytes()
+
+
+def test_a_panic_is_a_crash_if_the_kernel_restarts_by_a_triple_fault(folder: Path) -> None:
+    with boot(folder, append="rdinit=/bin/busybox reboot=triple") as guest:
+        stop = guest.wait(BOOT)
+        assert (stop.reason, stop.status) == (StopReason.CRASHED, 6)
+        assert "Kernel panic - not syncing: Attempted to kill init!" in guest.output
