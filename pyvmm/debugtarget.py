@@ -16,9 +16,10 @@ from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import VirtualMemory
+from pyvmm.names import Names
 from pyvmm.registers import Architecture, Value, architecture_for
 from pyvmm.runcontrol import RunControl
-from pyvmm.symbols import Symbols, where
+from pyvmm.symbols import elf_bits
 from pyvmm.target import (
     Action,
     ActionKind,
@@ -71,12 +72,13 @@ class MachineTarget:
         self.vm = machine.vm
         self.run_control = run_control
         self._on_kill = on_kill
-        self._symbols = symbols if symbols and _elf_bits(symbols) else None
+        self._symbols = symbols if symbols and elf_bits(symbols) else None
         # By vcpu_id, and good until something changes: see _forget().
         self._views: dict[int, VirtualMemory] = {}
         self._registers: dict[int, tuple[int, dict[str, Value]]] = {}
         machine.on_reset(self._forget)
-        self._names: Symbols | None = None
+        self.names = Names(self.vm, self._symbols)
+        machine.on_reset(self.names.forget_kernel)
         self.last_error = ""  # why the last packet was refused, for `monitor`
 
     # --- what it is ---
@@ -101,7 +103,7 @@ class MachineTarget:
     def architecture(self) -> Architecture:
         """See Target."""
         mode = x86.cpu_mode(self.vm.state(self.vm.vcpu_ids()[0]).get(kvm_sregs))
-        image_bits = _elf_bits(self._symbols) if self._symbols else None
+        image_bits = elf_bits(self._symbols) if self._symbols else None
         return architecture_for(_CODE_BITS.get(mode, 16), image_bits)
 
     def has_avx(self) -> bool:
@@ -123,23 +125,6 @@ class MachineTarget:
             return ExecFile(path, os.stat(path).st_size, pread)
         except OSError:  # removed since
             return None
-
-    def load_symbols(self, path: str) -> None:
-        """Take the names of functions from an ELF file or a System.map.  Raises TargetError."""
-        try:
-            is_elf = _elf_bits(path) is not None
-            self._names = Symbols.from_elf(path) if is_elf else Symbols.from_map(path)
-        except ValueError as error:
-            raise TargetError(errno.EINVAL, str(error)) from None
-        except OSError as error:
-            raise TargetError(error.errno or errno.EIO, f"{path}: {error.strerror}") from None
-
-    def where(self, vcpu_id: int) -> str:
-        """Where a vCPU is, by the names of functions if there are any."""
-        if self._names is None and self._symbols is not None:
-            self.load_symbols(self._symbols)
-        symbols = self._names or Symbols(())
-        return where(self.vm.cpu(vcpu_id), self.vm.run_state(vcpu_id), symbols)
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """Where there can ever be memory: RAM, and nothing else, at any virtual address."""
@@ -320,13 +305,3 @@ class MachineTarget:
 
 
 _PATIENCE_SECONDS = 10.0
-
-
-def _elf_bits(path: str) -> int | None:
-    """32 or 64 for an ELF file of that class."""
-    try:
-        with open(path, "rb") as file:
-            ident = file.read(5)
-    except OSError:
-        return None
-    return {b"\x7fELF\x01": 32, b"\x7fELF\x02": 64}.get(ident)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
-from pyvmm import paging, report
+from pyvmm import monitor_kernel, paging, report
 from pyvmm.kvm import kvm_regs, kvm_sregs
+from pyvmm.light import TYPE_CHECKING, NamedTuple
 from pyvmm.registers import Bank
 from pyvmm.target import TargetError
 
@@ -166,17 +166,6 @@ def _vcpus(target: MachineTarget, words: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _where(target: MachineTarget, words: list[str]) -> str:
-    return "\n".join(f"vCPU {n}: {target.where(n)}" for n in target.vcpu_ids())
-
-
-def _symbols(target: MachineTarget, words: list[str]) -> str:
-    if len(words) != 1:
-        raise TargetError(errno.EINVAL, "name one file, as System.map")
-    target.load_symbols(words[0])
-    return _where(target, [])
-
-
 def _screen(target: MachineTarget, words: list[str]) -> str:
     lines = target.machine.screen().text()
     while lines and not lines[-1]:
@@ -233,8 +222,15 @@ COMMANDS = (
     Command("exits", "", "how often each vCPU has left the guest, and why", _exits),
     Command("memory", "", "RAM and the devices in guest-physical memory and at ports", _memory),
     Command("vcpus", "", "where each vCPU is, and in which mode", _vcpus),
-    Command("where", "", "the function that each vCPU is in", _where),
-    Command("symbols", "FILE", "take the names of functions from a System.map or an ELF", _symbols),
+    Command("where", "", "the function that each vCPU is in", monitor_kernel.where),
+    Command(
+        "symbols",
+        "FILE",
+        "take the names of functions from a System.map or an ELF",
+        monitor_kernel.symbols,
+    ),
+    Command("kaslr", "", "where Linux has moved itself, and what gdb wants", monitor_kernel.kaslr),
+    Command("dmesg", "[COUNT]", "the log of a Linux guest, or its end", monitor_kernel.dmesg),
     Command("screen", "", "what the text screen at 0xb8000 shows", _screen),
     Command("probe", "", "what this host's KVM can and cannot do", _probe),
     Command("catch-int3", "[on|off]", "stop at the guest's own int3", _catch_int3),

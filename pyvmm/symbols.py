@@ -45,6 +45,10 @@ class Symbols:
         self._gvas = sorted(names)
         self._names = [names[gva] for gva in self._gvas]
 
+    def __bool__(self) -> bool:
+        """Whether there is any name."""
+        return any(self._names)
+
     @classmethod
     def from_elf(cls, path: str | os.PathLike[str]) -> Symbols:
         """The symbols in an ELF32 or ELF64 file; a file without a symbol table has no names.
@@ -83,6 +87,16 @@ def find_elf(image: str | os.PathLike[str]) -> str | None:
             return path
     beside = os.path.splitext(path)[0] + ".elf"
     return beside if os.path.isfile(beside) else None
+
+
+def elf_bits(path: str | os.PathLike[str]) -> int | None:
+    """32 or 64 for an ELF file of that class; None for any other, or none."""
+    try:
+        with open(path, "rb") as file:
+            ident = file.read(EI_CLASS + 1)
+    except OSError:
+        return None
+    return {MAGIC + bytes([ELFCLASS32]): 32, MAGIC + bytes([ELFCLASS64]): 64}.get(ident)
 
 
 def where(cpu: Cpu, state: str, symbols: Symbols) -> str:

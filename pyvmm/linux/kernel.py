@@ -1,0 +1,94 @@
+"""A Linux kernel in guest memory: its symbols, where it runs, and its memory by its own addresses.
+
+The page tables are the kernel's own (init_top_pgt), not those that a vCPU happens to use: while a
+program runs, those may have next to nothing of the kernel (page-table isolation).
+
+Source: Linux, Documentation/arch/x86/x86_64/mm.rst; arch/x86/boot/compressed/kaslr.c.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+
+from pyvmm.errors import GuestMemoryError
+from pyvmm.kvm import kvm_sregs
+from pyvmm.linux import kallsyms
+from pyvmm.linux.kallsyms import KERNEL_HALF, Kallsyms
+from pyvmm.memory import GuestMemory, MemorySlot, VirtualMemory
+from pyvmm.paging import CR0_PG, CR4_LA57, CR4_PAE, EFER_LME, EFER_NXE, TranslationFault
+from pyvmm.symbols import Symbols
+
+_BANNER = re.compile(b"Linux version ")  # linux_banner begins with it
+_IMAGE_ALIGNMENT = 2 << 20  # MIN_KERNEL_ALIGN: of the image's first page, in both address spaces
+_PREF_ADDRESS = 0x258  # in boot_params: the GPA that the kernel is linked for
+_DEFAULT_PREF_ADDRESS = 16 << 20  # CONFIG_PHYSICAL_START, of nearly every kernel
+_CODE = "tTwW"  # nm's letters for code
+
+
+class LinuxError(Exception):
+    """What is asked for cannot be found: a message of one line."""
+
+
+def find(memory: GuestMemory, cr4: int) -> Kernel:
+    """The Linux kernel in guest memory; `cr4` is a vCPU's.  Raises LinuxError if there is none."""
+    for slot in memory.slots:
+        table = kallsyms.find(slot.pages)
+        if table is not None:
+            return Kernel(memory, slot, table, cr4)
+    raise LinuxError("no symbol table of a 64-bit Linux kernel in memory (not unpacked yet?)")
+
+
+class Kernel:
+    """One kernel, as it is found; a reset or kexec replaces it."""
+
+    def __init__(self, memory: GuestMemory, slot: MemorySlot, table: Kallsyms, cr4: int) -> None:
+        """`slot` is where `table` was found."""
+        self.base = table.base
+        self.symbols = table.symbols
+        self._memory, self._slot, self._cr4 = memory, slot, cr4
+        self._gvas = {symbol.name: symbol.gva for symbol in reversed(table.symbols)}
+
+    def gva(self, name: str) -> int:
+        """Where a symbol is.  Raises LinuxError if the kernel has no such name."""
+        try:
+            return self._gvas[name]
+        except KeyError:
+            raise LinuxError(f"the kernel has no symbol {name}") from None
+
+    def code(self) -> Symbols:
+        """The names of functions."""
+        # In the kernel's order the best of several names of one address is the first one.
+        return Symbols((s.gva, s.name if s.kind in _CODE else "") for s in reversed(self.symbols))
+
+    @cached_property
+    def gpa(self) -> int:
+        """Where the kernel's first page is in guest-physical memory.  Raises LinuxError."""
+        offset = self.gva("linux_banner") - self.base
+        for match in _BANNER.finditer(self._slot.pages):
+            begin = match.start() - offset
+            if begin >= 0 and begin % _IMAGE_ALIGNMENT == 0:
+                return self._slot.gpa + begin
+        raise LinuxError("the kernel's banner is not in memory")
+
+    @property
+    def link_base(self) -> int:
+        """The address that the kernel was linked for.  Raises LinuxError."""
+        gpa = self.gpa + self.gva("boot_params") - self.base + _PREF_ADDRESS
+        preferred = int.from_bytes(self._memory.read(gpa, 8), "little")
+        return KERNEL_HALF + (preferred or _DEFAULT_PREF_ADDRESS)
+
+    def read(self, gva: int, length: int) -> bytes:
+        """`length` bytes of kernel memory.  Raises LinuxError where nothing is mapped."""
+        sregs = kvm_sregs()
+        sregs.cr0, sregs.efer = CR0_PG, EFER_LME | EFER_NXE
+        sregs.cr4 = CR4_PAE | self._cr4 & CR4_LA57
+        sregs.cr3 = self.gpa + self.gva("init_top_pgt") - self.base
+        try:
+            return VirtualMemory(self._memory, sregs).read(gva, length)
+        except (TranslationFault, GuestMemoryError) as error:
+            raise LinuxError(str(error)) from None
+
+    def number(self, gva: int, length: int = 8) -> int:
+        """An unsigned integer in kernel memory.  Raises LinuxError."""
+        return int.from_bytes(self.read(gva, length), "little")
