@@ -12,9 +12,7 @@ first reason to end; it is a leaf.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,10 +29,11 @@ from pyvmm.devices.debugcon import DEBUGCON_PORT
 from pyvmm.devices.serial import COM1_PORT
 from pyvmm.devices.vga import BLANK_SCREEN, TEXT_GPA
 from pyvmm.hypervisor import VM
-from pyvmm.light import TYPE_CHECKING, Protocol
+from pyvmm.light import TYPE_CHECKING
 from pyvmm.limits import ExitLimiter
 from pyvmm.pc import Facts, Pc, Wiring
 from pyvmm.stop import Stop, StopReason
+from pyvmm.waiting import Receiver, Typist, Waiter
 
 if TYPE_CHECKING:
     from pyvmm.console import EscapeKeys
@@ -46,22 +45,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MEMORY = 64 << 20  # bytes
 MIN_MEMORY, MAX_MEMORY = 1 << 20, 64 << 40
-MMIO_HOLE = 3 << 30, 1 << 30  # GPA, bytes: RAM that would lie here continues at 4 GiB
 
 _PATIENCE_SECONDS = 0.5  # how long a vCPU may be busy with output before it is made to drop it
 _JOIN_SECONDS = 5.0  # how long a vCPU thread may take to end
-_KEYS = 64  # bytes to read from a terminal at a time: the sequence of a key is not torn apart
 _LOOK_SECONDS = 0.1  # how often to look at what nobody tells: that all vCPUs wait for good
-
-
-class Receiver(Protocol):
-    """A device that input can go to."""
-
-    def room(self) -> int:
-        """How many bytes it can take now."""
-
-    def receive(self, data: bytes) -> int:
-        """Take some."""
 
 
 class Machine:
@@ -119,10 +106,7 @@ class Machine:
         self._reset_wanted = False  # set while all vCPUs are held
         self._idle: IdleWatch | None = None
         self._virtio: VirtioBus | None = None
-        self._wake, self.wakeup_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._input: int | None = None
-        self._input_is_typed = False
-        self._escape: EscapeKeys | None = None
+        self._waiter = Waiter()
         self._at_end: list[Callable[[], None]] = []
         self._on_hurry: list[Callable[[], None]] = []
         self._on_reset: list[Callable[[], None]] = []
@@ -131,7 +115,7 @@ class Machine:
         try:
             self.vm = VM(device=device, cpus=cpus, irqchip=irqchip)
         except OSError:
-            self._close_wake_pipe()
+            self._waiter.close()
             _close_all(virtio)
             raise
         try:
@@ -142,7 +126,7 @@ class Machine:
             raise
 
     def _build(self, memory: int, coalesce: bool, virtio: Sequence[VirtioDevice]) -> None:
-        ram = _ram_ranges(memory)
+        ram = layout.ram_ranges(memory)
         self._loaded = finish_image(self.image, ram)
         reserved = RESERVED[self.image.mode]
         check_fits(self._loaded, ram, reserved + layout.RESERVED if self.vm.irqchip else reserved)
@@ -177,7 +161,6 @@ class Machine:
             )
             for number, device in enumerate(virtio):
                 self._virtio.add(device, f"{type(device).__name__} {number}")
-        self._receiver: Receiver = self.pc.serial
         self._load()
         if coalesce and self.vm.coalesced_pio:
             self._coalesced = CoalescedPorts(
@@ -304,43 +287,7 @@ class Machine:
                 callback()
             if self._idle is not None or self._on_look:
                 left = _LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS)
-            self._wait_for_wake(left)
-
-    def _wait_for_wake(self, seconds: float | None) -> None:
-        poll = select.poll()
-        poll.register(self._wake, select.POLLIN)
-        room = _KEYS if self._input_is_typed else self._receiver.room()
-        if self._escape is not None:
-            if keys := self._escape.take(room):
-                self._give(keys)
-            room = self._escape.room()
-        if self._input is not None and room:
-            poll.register(self._input, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
-        if self._wake in ready:
-            os.read(self._wake, 4096)
-        if self._input in ready:
-            self._read_input(room)
-
-    def _read_input(self, room: int) -> None:
-        assert self._input is not None
-        try:
-            data = os.read(self._input, room)
-        except OSError:  # not open for reading, or the terminal is gone
-            data = b""
-        if self._escape is not None:
-            self._escape.receive(data)
-        else:
-            self._give(data)
-        if not data:
-            self._input = None
-
-    def _give(self, data: bytes) -> None:
-        """Let the guest have input."""
-        if self._input_is_typed:
-            self.pc.keyboard.type_bytes(data)
-        else:
-            self._receiver.receive(data)
+            self._waiter.wait(left)
 
     def connect_input(
         self,
@@ -355,8 +302,8 @@ class Machine:
         At COM1; at another `console`; or on the `keyboard`, an American one, from a terminal.
         `escape` keeps what is not for the guest.
         """
-        self._input, self._input_is_typed, self._escape = fd, keyboard, escape
-        self._receiver = console or self.pc.serial
+        receiver = Typist(self.pc.keyboard) if keyboard else console or self.pc.serial
+        self._waiter.connect(fd, receiver, escape)
 
     def interrupt(self) -> None:
         """Make run() return.  From any thread, or from a signal handler: takes no lock."""
@@ -365,8 +312,12 @@ class Machine:
 
     def wake(self) -> None:
         """Make run() look at its limits again."""
-        with contextlib.suppress(BlockingIOError):  # full: it will wake up anyway
-            os.write(self.wakeup_fd, b"\0")
+        self._waiter.wake()
+
+    @property
+    def wakeup_fd(self) -> int:
+        """To write to it does the same as wake()."""
+        return self._waiter.wakeup_fd
 
     def drain_output(self) -> None:
         """Print what the kernel has collected (see coalesced.py)."""
@@ -460,33 +411,19 @@ class Machine:
         """The Stop for an exit that the guest cannot go on from."""
         from pyvmm import report
 
-        cpu = self.vm.cpu(vcpu_id)
-        lost = isinstance(exit, exits.Shutdown) and not self.vm.host.crash_registers
-        limit = None if lost else report.host_limit(cpu, self.vm.host)
-        lines = (
-            report.explain(exit, cpu),
-            *([report.RESET_BY_HOST] if lost else []),
-            *([limit] if limit else []),
-            report.registers(cpu.regs, cpu.sregs),
-            report.code_bytes(cpu),
+        return Stop(
+            StopReason.CRASHED,
+            f"vCPU {vcpu_id}: {exit.name}",
+            report.crash(self.vm, vcpu_id, exit),
+            vcpu_id,
+            exit,
         )
-        message = f"vCPU {vcpu_id}: {exit.name}"
-        return Stop(StopReason.CRASHED, message, "\n".join(lines), vcpu_id, exit)
 
     def describe_vcpus(self) -> str:
         """State and registers of each vCPU, which must not run: for a person."""
         from pyvmm import report
 
-        parts = []
-        for vcpu_id in sorted(self.threads):
-            cpu = self.vm.cpu(vcpu_id)
-            state = self.vm.run_state(vcpu_id)
-            if not self.vm.started(vcpu_id):
-                parts.append(f"vCPU {vcpu_id}, {state}")
-                continue
-            parts.append(f"vCPU {vcpu_id}, {state}:\n{report.registers(cpu.regs, cpu.sregs)}")
-            parts.append(report.code_bytes(cpu))
-        return "\n".join(parts)
+        return "\n".join(report.vcpu(self.vm, vcpu_id) for vcpu_id in sorted(self.threads))
 
     def _join(self) -> None:
         stuck: list[str] = []
@@ -506,7 +443,7 @@ class Machine:
 
         Raises RuntimeError naming the thread if one does not stop; what it uses is left alone.
         """
-        if self._wake < 0:
+        if self._waiter.closed:
             return
         self.vm.end()
         self._join()
@@ -522,12 +459,7 @@ class Machine:
         if self._virtio is not None and (late := self._virtio.close(_JOIN_SECONDS)):
             raise _did_not_stop(late)
         self.vm.close()
-        self._close_wake_pipe()
-
-    def _close_wake_pipe(self) -> None:
-        os.close(self._wake)
-        os.close(self.wakeup_fd)
-        self._wake = self.wakeup_fd = -1
+        self._waiter.close()
 
     # --- looking inside, while the guest does not run --------------------------------------------
 
@@ -626,14 +558,6 @@ def _nothing() -> None:
 def _close_all(devices: Sequence[VirtioDevice]) -> None:
     for device in devices:
         device.close()
-
-
-def _ram_ranges(memory: int) -> list[tuple[int, int]]:
-    """Where `memory` bytes of RAM lie: (gpa, bytes), around the MMIO hole."""
-    hole, hole_size = MMIO_HOLE
-    if memory <= hole:
-        return [(0, memory)]
-    return [(0, hole), (hole + hole_size, memory - hole)]
 
 
 def _power_off() -> None:

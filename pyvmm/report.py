@@ -8,6 +8,7 @@ from pyvmm.light import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pyvmm.hostprobe import HostProbe
+    from pyvmm.hypervisor import VM
 
 _GENERAL = (
     ("rax", "rbx", "rcx", "rdx"),
@@ -45,6 +46,31 @@ RESET_BY_HOST = (
     "This host's KVM resets a vCPU at a triple fault: what follows is the state after the reset, "
     "and where the guest was is lost."
 )
+
+
+def crash(vm: VM, vcpu_id: int, exit: exits.Exit) -> str:
+    """What is to be said of an exit that the guest cannot go on from; several lines."""
+    cpu = vm.cpu(vcpu_id)
+    lost = isinstance(exit, exits.Shutdown) and not vm.host.crash_registers
+    limit = None if lost else host_limit(cpu, vm.host)
+    lines = (
+        explain(exit, cpu),
+        *([RESET_BY_HOST] if lost else []),
+        *([limit] if limit else []),
+        registers(cpu.regs, cpu.sregs),
+        code_bytes(cpu),
+    )
+    return "\n".join(lines)
+
+
+def vcpu(vm: VM, vcpu_id: int) -> str:
+    """State and registers of a vCPU, which must not run; several lines."""
+    state = vm.run_state(vcpu_id)
+    if not vm.started(vcpu_id):
+        return f"vCPU {vcpu_id}, {state}"
+    cpu = vm.cpu(vcpu_id)
+    shown = registers(cpu.regs, cpu.sregs)
+    return f"vCPU {vcpu_id}, {state}:\n{shown}\n{code_bytes(cpu)}"
 
 
 def registers(regs: kvm_regs, sregs: kvm_sregs) -> str:

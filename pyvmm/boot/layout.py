@@ -16,7 +16,7 @@ Source: ACPI specification, "System Address Map Interfaces", for the map; the re
 
 from __future__ import annotations
 
-from pyvmm.boot.image import MIB, Image, ImageError, RamRanges, Segment
+from pyvmm.boot.image import GIB, MIB, Image, ImageError, RamRanges, Segment
 from pyvmm.light import NamedTuple
 
 BIOS_DATA_GPA, BIOS_DATA_BYTES = 0x400, 0x100
@@ -26,6 +26,8 @@ EBDA_GPA, EBDA_BYTES = 0x9_FC00, 0x400
 FIRMWARE_GPA, FIRMWARE_BYTES = 0xE_0000, 0x2_0000
 RSDP_GPA = FIRMWARE_GPA  # the pointer to the ACPI tables, which follow it
 IOAPIC_GPA, LOCAL_APIC_GPA = 0xFEC0_0000, 0xFEE0_0000
+
+MMIO_HOLE = 3 * GIB, GIB  # GPA, bytes: RAM that would lie here continues at 4 GiB
 
 # What an image must not overlap in a PC, as check_fits() takes it: GPA, bytes, name.
 RESERVED = [
@@ -43,6 +45,14 @@ class MemoryRange(NamedTuple):
     gpa: int
     size: int
     kind: int
+
+
+def ram_ranges(memory: int) -> list[tuple[int, int]]:
+    """Where `memory` bytes of RAM lie: (gpa, bytes), around the hole for devices."""
+    hole, hole_size = MMIO_HOLE
+    if memory <= hole:
+        return [(0, memory)]
+    return [(0, hole), (hole + hole_size, memory - hole)]
 
 
 def memory_map(ram_ranges: RamRanges) -> list[MemoryRange]:
