@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,14 @@ def test_the_few_imports_inside_of_functions_are_known() -> None:
     plain = {"memory", "hypervisor", "machine", "vcpu", "bus", "coalesced", "boot", "cli", "kvm"}
     unknown = {pair for pair in found - LAZY if pair[0] in plain and pair[1] != "debug"}
     assert unknown == set()
+
+
+def test_the_tour_of_the_code_names_every_module() -> None:
+    tour = (REPOSITORY / "docs" / "design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)[/*]?`", tour))
+    modules = {module.partition(".")[0] for module in SOURCES} - {"__init__", "__main__"}
+    unnamed = {m for m in modules - named if not (m.startswith("stub") and "`stub*`" in tour)}
+    assert unnamed == set()
 
 
 def users_of(library: str) -> set[str]:
