@@ -45,7 +45,8 @@ def main() -> int:
         print(f"tests.hosts: {error}", file=sys.stderr)
         return 2
     for result in results:
-        if not arguments.run and (skips := report.wrong_skips(result)):
+        unreported = arguments.run or result.failure
+        if not unreported and (skips := report.wrong_skips(result)):
             result.failure = "\n  ".join(["skipped what must run here:", *skips])
         if result.failure:
             print(f"{result.host}: {result.failure}", file=sys.stderr)

@@ -11,7 +11,8 @@ from tests.hosts import machines
 from tests.hosts.session import Result
 
 # A line of "pytest -v": "tests/test_x.py::test_name[parameter] PASSED [ 10%]"
-OUTCOME_LINE = re.compile(r"\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+OUTCOME_LINE = re.compile(r"(\S+)\.py::(.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+WORDS = {"PASSED": "passed", "SKIPPED": "skipped"}  # failures are to be seen at once
 
 # The reasons for which a test may skip. The emulated kvm_intel has everything that the host probe
 # looks for, and nothing else proves the tests of breakpoint exits, re-injection, watchpoints and
@@ -23,7 +24,7 @@ MAY_SKIP = {"intel": re.compile(NOT_THERE), "amd": re.compile(f"host probe: |{NO
 def outcome_of(line: str) -> str | None:
     """Return the outcome in a line of pytest's output ("PASSED"), None where it holds none."""
     match = OUTCOME_LINE.match(line)
-    return match[1] if match else None
+    return match[3] if match else None
 
 
 def counted(counts: Mapping[str, int]) -> str:
@@ -88,10 +89,14 @@ def save(results: Sequence[Result], folder: Path) -> None:
 
 
 def _outcomes(result: Result) -> dict[str, tuple[str, str]]:
-    """Return outcome and reason of each test in a host's JUnit XML."""
+    """Return outcome and reason of each test, from a host's JUnit XML or what it got to print."""
     content = result.files.get("junit.xml")
     if content is None:
-        return {}
+        lines = filter(None, map(OUTCOME_LINE.match, result.output.splitlines()))
+        return {
+            f"{line[1].replace('/', '.')}::{line[2]}": (WORDS.get(line[3], line[3]), "")
+            for line in lines
+        }
     found = {}
     for case in ElementTree.fromstring(content).iter("testcase"):
         outcome, reason = "passed", ""
