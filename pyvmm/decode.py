@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _KVM_RUN_IO = struct.Struct("=BBHIQ")
 _KVM_RUN_MMIO = struct.Struct("=Q8sIB")
 
+MTRAP = exits.Mtrap()
+
 # A polling guest makes the same few accesses over and over, and an exit is a value: what the same
 # bytes were decoded to before, they are again.  These are all that an access is told by.
 _REASON_AND_ACCESS = slice(kvm.kvm_run.exit_reason.offset, kvm.kvm_run.exit.offset + 24)
@@ -65,8 +67,8 @@ def _hlt_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         trapped, exit = vm.stepper.not_the_guests_hlt(vm, vcpu)
         if trapped:
             return exit
-    if Capability.MTRAP_EXIT in vcpu.wanted:
-        return exits.Mtrap()  # as on a processor, whose trap after the step ends the halt
+    if vcpu.stepping:
+        return MTRAP  # as on a processor, whose trap after the step ends the halt
     vm.halt(vcpu)
     return exits.Hlt(bool(vcpu.kvm_run.if_flag))
 
@@ -85,8 +87,8 @@ def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     vcpu.last_bpt_length = 0  # KVM on Intel keeps one length for #DB and #BP
     if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
         return exits.Db(debug.dr6)
-    if Capability.MTRAP_EXIT in vcpu.wanted:
-        return exits.Mtrap()
+    if vcpu.stepping:
+        return MTRAP
     if vcpu.control & kvm.KVM_GUESTDBG_SINGLESTEP:
         return None  # the step was called off while it was under way
     return exits.Db(debug.dr6)
@@ -120,7 +122,7 @@ def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         if Capability.BPT_EXIT in vcpu.wanted:
             return exits.Bpt(length)
     if complete_in_software(vcpu, cpu, code) or complete_for_host(vcpu, cpu, code):
-        return exits.Mtrap() if Capability.MTRAP_EXIT in vcpu.wanted else None
+        return MTRAP if vcpu.stepping else None
     return exits.InternalError(failure.suberror, code)
 
 

@@ -56,6 +56,11 @@ class Cpu:
         return x86.cpu_mode(self.sregs, self.regs.rflags)
 
     @property
+    def pc(self) -> int:
+        """CS base + RIP: where the next instruction is, as a GVA."""
+        return linear_address(self.sregs.cs.base, self.regs.rip, self.mode)
+
+    @property
     def cpl(self) -> int:
         return int(self.sregs.ss.dpl)
 
@@ -66,19 +71,23 @@ class Cpu:
 
     def fetch(self, length: int = 15) -> bytes:
         """Up to `length` instruction bytes at RIP; fewer where the mapping ends."""
-        gva = linear_address(self.sregs.cs.base, self.regs.rip, self.mode)
-        for readable in (length, 4096 - gva % 4096):  # the mapping can end with the page
-            try:
-                return self.read(gva, min(readable, length))
-            except Exception:
-                continue
-        return b""
+        return self.fetch_at(self.pc, length)
+
+    def fetch_at(self, gva: int, length: int = 15) -> bytes:
+        """The same at another GVA."""
+        try:
+            return self.read(gva, length)
+        except Exception:
+            pass
+        try:  # the mapping can end with the page
+            return self.read(gva, min(length, 4096 - gva % 4096))
+        except Exception:
+            return b""
 
 
 def may_complete(code: bytes, mode: CpuMode) -> bool:
     """Whether `code` may begin with one of our instructions: told from the first byte of it."""
-    _, rest = x86.split_prefixes(code, mode)
-    return rest[:1] in _FIRST_BYTES
+    return x86.skip_prefixes(code, mode)[:1] in _FIRST_BYTES
 
 
 def complete(cpu: Cpu, code: bytes) -> bool:

@@ -242,6 +242,13 @@ class VcpuHandle(Handle):
         self.ioctl(VCPU_STATE[kind][0], state)
         return state
 
+    def get_bytes(self, kind: type[ctypes.Structure]) -> bytes:
+        """The same as bytes: to compare, or to look at one field."""
+        if kind in _LEFT_AT_EXIT and self.run.kvm_valid_regs:
+            start = _LEFT_AT_EXIT[kind]
+            return self.map[start : start + ctypes.sizeof(kind)]
+        return bytes(self.get(kind))
+
     def set(self, state: ctypes.Structure) -> None:
         """Write back what get() returned."""
         self.leave_registers(False)

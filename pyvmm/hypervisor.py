@@ -199,9 +199,20 @@ class VM(DebuggedSet):
             raise VmError(errno.ENOTSUP, "this host's KVM cannot single-step")
         with self._lock:
             vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
+            vcpu.step_range = range(0)
             self._changed(vcpu)
             if capability is Capability.MTRAP_EXIT and self.irqchip:
                 self._let_int3_exit()
+
+    def set_step_range(self, vcpu_id: int, gvas: range) -> None:
+        """With MTRAP_EXIT: no exit after instructions that lead to one of these GVAs.
+
+        Until a capability of the vCPU is set again.  Whatever else asks for an exit gets it; there
+        can be a Mtrap inside of the range, too.  Raises VmError (EINVAL) for an unknown vCPU.
+        """
+        vcpu = self._record(vcpu_id)
+        with self._lock:
+            vcpu.step_range = gvas
 
     def _let_int3_exit(self) -> None:
         """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pyvmm import handles, kvm
 from pyvmm.errors import GuestMemoryError
 from pyvmm.light import NamedTuple
 
 PAGE_SIZE = 4096
+_PAGES_KEPT = 64  # translations that a VirtualMemory remembers
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; not in every Python's mmap module
 
 
@@ -48,6 +49,7 @@ class GuestMemory:
     def __init__(self, vm: handles.VmHandle) -> None:
         self._vm = vm
         self.slots: list[MemorySlot] = []
+        self._ranges: list[tuple[int, int, mmap.mmap]] = []  # first GPA, GPA behind, pages
 
     def add_slot(self, gpa: int, size: int, *, readonly: bool = False) -> MemorySlot:
         """Give the guest `size` bytes of zeroed RAM at `gpa`, both multiples of 4096.
@@ -73,6 +75,7 @@ class GuestMemory:
             pages.close()
             raise
         self.slots.append(slot)
+        self._ranges.append((slot.gpa, slot.end, pages))
         return slot
 
     def find(self, gpa: int, length: int = 1) -> MemorySlot:
@@ -84,9 +87,11 @@ class GuestMemory:
 
     def read(self, gpa: int, length: int) -> bytes:
         """Copy `length` bytes out of guest RAM.  Raises GuestMemoryError."""
-        slot = self.find(gpa, length)
-        offset = gpa - slot.gpa
-        return slot.pages[offset : offset + length]
+        end = gpa + length
+        for first, behind, pages in self._ranges:
+            if first <= gpa and end <= behind:
+                return pages[gpa - first : end - first]
+        raise GuestMemoryError(gpa, length)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` into guest RAM.  All of it, or GuestMemoryError and nothing."""
@@ -108,6 +113,25 @@ class GuestMemory:
         for slot in self.slots:
             slot.pages.close()
         self.slots.clear()
+        self._ranges.clear()
+
+
+class Unchanged:
+    """Tells whether places in guest RAM still hold what they held."""
+
+    def __init__(self, memory: GuestMemory, places: Iterable[tuple[int, bytes]]) -> None:
+        """`places`: GPAs and the bytes that were there.  Raises GuestMemoryError."""
+        self._where: list[tuple[mmap.mmap, int, int]] = []
+        self._held: list[bytes] = []
+        for gpa, data in places:
+            slot = memory.find(gpa, len(data))
+            offset = gpa - slot.gpa
+            self._where.append((slot.pages, offset, offset + len(data)))
+            self._held.append(data)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed.  Not after memory.close()."""
+        return [pages[start:end] for pages, start, end in self._where] == self._held
 
 
 class VirtualMemory:
@@ -120,10 +144,29 @@ class VirtualMemory:
         self._memory = memory
         self._paging = paging
         self._registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+        # By gva >> 12: GPA and size of the page, good as long as the entries say the same.
+        self._pages: dict[int, tuple[int, int, Unchanged]] = {}
+
+    def _locate(self, gva: int) -> tuple[int, int]:
+        """The GPA behind `gva` and how many bytes from there on belong to the same page.
+
+        To look at the same entries again is a fifth of the work of a walk, and stepping asks for
+        the same pages again and again.
+        """
+        known = self._pages.get(gva >> 12)
+        if known is None or not known[2].holds():
+            if len(self._pages) >= _PAGES_KEPT:
+                self._pages.clear()
+            page = self._paging.find_page(self._memory.read, self._registers, gva)
+            known = page.gpa, page.page_bytes, Unchanged(self._memory, page.entries)
+            self._pages[gva >> 12] = known
+        gpa, page_bytes, _ = known
+        offset = gva & (page_bytes - 1)
+        return gpa + offset, page_bytes - offset
 
     def translate(self, gva: int) -> int:
         """The GPA behind `gva`.  Raises paging.TranslationFault."""
-        return self._paging.translate(self._memory.read, self._registers, gva)[0]
+        return self._locate(gva)[0]
 
     def pieces(self, gva: int, length: int) -> Iterator[tuple[int, int]]:
         """(gpa, bytes) for each physically contiguous piece of [gva, gva + length).
@@ -131,13 +174,15 @@ class VirtualMemory:
         Raises paging.TranslationFault where nothing is mapped, after the pieces before it.
         """
         while length > 0:
-            gpa, in_page = self._paging.translate(self._memory.read, self._registers, gva)
+            gpa, in_page = self._locate(gva)
             piece = min(in_page, length)
             yield gpa, piece
             gva, length = gva + piece, length - piece
 
     def read(self, gva: int, length: int) -> bytes:
         """`length` bytes at `gva`.  Raises paging.TranslationFault or GuestMemoryError."""
+        if 0 < length <= PAGE_SIZE - gva % PAGE_SIZE:
+            return self._memory.read(self.translate(gva), length)
         return b"".join(self._memory.read(gpa, size) for gpa, size in self.pieces(gva, length))
 
     def write(self, gva: int, data: bytes) -> None:

@@ -305,14 +305,17 @@ def _sign_extend(gva: int, bits: int) -> int:
     return ((gva & ((sign << 1) - 1)) ^ sign) - sign & (1 << 64) - 1
 
 
+_Visited = tuple[_Level, int, int]  # entry_gpa, entry
+
+
 def _descend(
     read_physical: ReadPhysical, layout: _Layout, gva: int
-) -> tuple[list[tuple[_Level, int, int]], Fault | None]:
-    """Follow `gva` down the tables: (level, entry_gpa, entry) of each entry read, and the fault.
+) -> tuple[list[_Visited], Fault | None]:
+    """Follow `gva` down the tables: each entry read, and the fault.
 
     Without a fault the last entry maps the page.
     """
-    visited: list[tuple[_Level, int, int]] = []
+    visited: list[_Visited] = []
     if layout.gva_bits > 32 and gva != _sign_extend(gva, layout.gva_bits):
         return visited, Fault(FaultReason.NON_CANONICAL)
     table_gpa = layout.root_gpa
@@ -335,28 +338,47 @@ def _descend(
     return visited, None
 
 
-def translate(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> tuple[int, int]:
-    """Translate `gva`, as CPL 0 and without regard to write protection.
+class Page(NamedTuple):
+    """Where the gvas of one page lead, and the entries that say so."""
 
-    Returns the gpa and how many bytes from there on belong to the same page, so that a reader of
-    many bytes asks once a page. The gpa need not be RAM: a page can map a device. Without paging
-    all 4 GiB count as one page. Where gvas have 32 bits, a higher `gva` wraps around.
+    gpa: int
+    page_bytes: int
+    entries: tuple[tuple[int, bytes], ...]  # the gpa and the bytes of each
+
+
+_UNPAGED = Page(0, _GVA32_MASK + 1, ())
+
+
+def find_page(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> Page:
+    """The page that `gva` lies in, as CPL 0 and without regard to write protection.
+
+    Its gpa need not be RAM: a page can map a device. Without paging all 4 GiB count as one page.
+    Where gvas have 32 bits, a higher `gva` wraps around.
 
     Raises TranslationFault when nothing is mapped at `gva`.
     """
     if not registers.cr0 & CR0_PG:
-        gva &= _GVA32_MASK
-        return gva, _GVA32_MASK + 1 - gva
+        return _UNPAGED
     layout = _layout(registers)
     if layout.gva_bits == 32:
         gva &= _GVA32_MASK
     visited, fault = _descend(read_physical, layout, gva)
     if fault is not None:
         raise TranslationFault(gva, fault)
+    size = layout.entry_bytes
+    entries = tuple((entry_gpa, entry.to_bytes(size, "little")) for _, entry_gpa, entry in visited)
     level, _, entry = visited[-1]
-    page_bytes = 1 << level.shift
-    offset = gva & (page_bytes - 1)
-    return level.page_gpa(entry) + offset, page_bytes - offset
+    return Page(level.page_gpa(entry), 1 << level.shift, entries)
+
+
+def translate(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> tuple[int, int]:
+    """Translate `gva`: the gpa, and how many bytes from there on belong to the same page.
+
+    So a reader of many bytes asks once a page. Raises as find_page() does.
+    """
+    page = find_page(read_physical, registers, gva)
+    offset = gva & (page.page_bytes - 1)
+    return page.gpa + offset, page.page_bytes - offset
 
 
 def walk(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> Walk:

@@ -163,6 +163,8 @@ class RunControl:
             for vcpu_id, action in actions.items():
                 stepping = action.kind is not ActionKind.CONTINUE
                 self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, stepping)
+                if action.kind is ActionKind.RANGE_STEP:
+                    self.vm.set_step_range(vcpu_id, range(action.start, action.end))
             for vcpu_id, action in actions.items():
                 state = self._state(vcpu_id)
                 state.stepping = None if action.kind is ActionKind.CONTINUE else action

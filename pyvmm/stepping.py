@@ -21,7 +21,7 @@ import threading
 
 from pyvmm import emulate, exits, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state, write_state
-from pyvmm.decode import decode
+from pyvmm.decode import MTRAP, decode
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.memory import GuestMemory, VirtualMemory
 from pyvmm.steptraps import HLT, INT3, StepTraps, leave_handler_frame, undo_fault
@@ -43,15 +43,48 @@ class Stepper:
         self._memory = memory
         self._lock = threading.Lock()  # held while traps are planted, also over KVM_RUN
         self._traps = StepTraps(memory)
+        # By vcpu_id: its system registers as they were last, and what was made of them.
+        self._known: dict[int, tuple[bytes, emulate.Cpu, x86.CpuMode]] = {}
 
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
-        """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted."""
-        if vm.irqchip and _waits_in_kernel(vcpu):
-            return self._step_once_awake(vm, vcpu)
-        cpu = copy_state(vm.memory, vcpu)
-        mode, code = cpu.mode, cpu.fetch()
-        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, mode)
+        """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted.
+
+        In a range (VM.set_step_range) it is one after the other, until one leads out of it or
+        something else wants to be looked at.
+        """
+        cpu, mode, pc = self._look(vm, vcpu)
+        while True:
+            if vm.irqchip and _waits_in_kernel(vcpu):
+                return self._step_once_awake(vm, vcpu)
+            exit = self._step_from(vm, vcpu, cpu, mode, pc)
+            if exit is not MTRAP or not vcpu.step_range or vcpu.interrupted:
+                return exit
+            cpu, mode, pc = self._look(vm, vcpu)
+            if pc not in vcpu.step_range:
+                return exit
+
+    def _look(self, vm: VM, vcpu: VcpuRecord) -> tuple[emulate.Cpu, x86.CpuMode, int]:
+        """A copy of `vcpu`'s state, its mode, and the GVA of the next instruction.
+
+        Not to be changed: it is kept for the next step, because system registers seldom change
+        from one instruction to the next.
+        """
+        system = vcpu.handle.get_bytes(kvm.kvm_sregs)
+        known = self._known.get(vcpu.vcpu_id)
+        if known is None or known[0] != system:
+            cpu = copy_state(vm.memory, vcpu)
+            known = self._known[vcpu.vcpu_id] = system, cpu, cpu.mode
+        _, cpu, mode = known  # RFLAGS.VM, too, decides the mode, but never changes alone
+        regs = cpu.regs = vcpu.handle.get(kvm.kvm_regs)
+        return cpu, mode, x86.linear_address(cpu.sregs.cs.base, regs.rip, mode)
+
+    def _step_from(
+        self, vm: VM, vcpu: VcpuRecord, cpu: emulate.Cpu, mode: x86.CpuMode, start: int
+    ) -> exits.Exit | None:
+        """Execute one instruction from where `vcpu` is, as _look() has found it."""
+        code = cpu.fetch_at(start)
         if emulate.may_complete(code, mode):  # only a few instructions are special
+            cpu = copy_state(vm.memory, vcpu)
             length = x86.int3_length(code, mode)
             if length is not None and Capability.BPT_EXIT in vcpu.wanted:
                 return exits.Bpt(length)
@@ -62,7 +95,7 @@ class Stepper:
                 if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != 0xF4:
                     return self._step_without_guard(vm, vcpu)
             if complete_in_software(vcpu, cpu, code):
-                return exits.Mtrap()
+                return MTRAP
         vm.has_stepped = True
         vcpu.step_rip = cpu.regs.rip
         with self._lock:
@@ -74,13 +107,13 @@ class Stepper:
             try:
                 if not _enter_until_progress(vm, vcpu, cpu, start, int3=trap == INT3):
                     return None
-                if self._faulted(vm, vcpu, cpu):
-                    return exits.Mtrap()
+                if self._is_behind(vcpu, start) or self._faulted(vm, vcpu, cpu):
+                    return MTRAP
             finally:
                 self._traps.remove()
         exit = decode(vm, vcpu)
-        if isinstance(exit, exits.Mtrap) and self._at_spent_repeat(vm, vcpu, start):
-            return self.step(vm, vcpu)
+        if exit is MTRAP and self._at_spent_repeat(vm, vcpu, start):
+            return self._step_from(vm, vcpu, *self._look(vm, vcpu))
         return exit
 
     def _step_once_awake(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
@@ -89,11 +122,27 @@ class Stepper:
         It may do so for ever, and nobody must have to wait for it: so it plants no traps.
         """
         cpu = copy_state(vm.memory, vcpu)
-        start = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
         vcpu.step_rip = cpu.regs.rip
-        if not _enter_until_progress(vm, vcpu, cpu, start, int3=False):
+        if not _enter_until_progress(vm, vcpu, cpu, cpu.pc, int3=False):
             return None
         return decode(vm, vcpu)
+
+    def _is_behind(self, vcpu: VcpuRecord, start: int) -> bool:
+        """Whether the step has ended as nearly all do: behind the instruction at GVA `start`.
+
+        Told from the exit alone, and in a few words, because it is asked after each.
+        """
+        run = vcpu.kvm_run
+        if run.exit_reason != kvm.KVM_EXIT_DEBUG or not vcpu.stepping:
+            return False
+        debug = run.debug
+        pc = debug.pc
+        if debug.exception != x86.VECTOR_DB or debug.dr6 & x86.DR6_HITS or pc == start:
+            return False
+        if self._traps.may_have_left(pc):
+            return False
+        vcpu.last_bpt_length = 0  # as for every #DB: see decode.py
+        return True
 
     def _faulted(self, vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
         """Whether the step ended in a trap on an exception handler; then all is set right."""
@@ -203,9 +252,8 @@ def _at_breakpoint(vm: VM, cpu: emulate.Cpu) -> bool:
 
 
 def _gpa_of_rip(vm: VM, cpu: emulate.Cpu) -> int | None:
-    gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip, cpu.mode)
     try:
-        return VirtualMemory(vm.memory, cpu.sregs).translate(gva)
+        return VirtualMemory(vm.memory, cpu.sregs).translate(cpu.pc)
     except Exception:  # not mapped
         return None
 

@@ -27,6 +27,7 @@ from pyvmm.x86 import CpuMode
 HLT, INT3 = 0xF4, 0xCC
 _EXCEPTIONS = 32
 _MAX_INSTRUCTION = 15  # bytes
+_SMALLEST_ENTRY = 4  # bytes of one vector in an IVT; IDTs have more
 
 
 class _Handler(NamedTuple):
@@ -126,8 +127,11 @@ class StepTraps:
     def _find_handlers(self, cpu: Cpu) -> list[_Handler]:
         """The handlers that the IDT names now; found anew when it or the paging changes."""
         sregs = cpu.sregs
+        limit = sregs.idt.limit
+        if limit < _SMALLEST_ENTRY - 1:
+            return []
         entry_size = _entry_size(cpu)
-        size = min(sregs.idt.limit + 1, _EXCEPTIONS * entry_size)
+        size = min(limit + 1, _EXCEPTIONS * entry_size)
         if size < entry_size:
             return []
         try:
@@ -150,7 +154,7 @@ class StepTraps:
 
 def _entry_size(cpu: Cpu) -> int:
     if cpu.mode is CpuMode.REAL:
-        return 4
+        return _SMALLEST_ENTRY
     return 16 if cpu.sregs.efer & x86.EFER_LMA else 8
 
 

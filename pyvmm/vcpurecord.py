@@ -6,6 +6,7 @@ by VM._lock, those in the second belong to the thread that runs the vCPU.
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 from enum import Enum
@@ -87,7 +88,10 @@ class VcpuRecord:
         self.int3_exits = False  # also without BPT_EXIT: another vCPU's step may plant some
         self.stale = False  # `wanted`, `breakpoints` or `nmi_wanted` not yet told to KVM
         self.wake = threading.Condition(lock)  # something that vm.sleep() waits for has changed
+        self.step_range = range(0)  # GVAs; see VM.set_step_range()
         self.attention = False  # vm.run() must look at the above before it enters
+        self.interrupted = False  # the same, but for MTRAP_EXIT: also between two steps in a range
+        self.stepping = False  # MTRAP_EXIT is wanted
         # Owned by the vCPU's thread (by the debugger while parked).
         self.last_exit: exits.Exit | None = None  # of the last KVM_RUN that was not interrupted
         self.step_rip = 0  # where the last single-step began
@@ -108,15 +112,16 @@ class VcpuRecord:
 
     def update_attention(self) -> None:
         """Call with VM._lock held, after any change of a guarded field."""
-        self.attention = (
+        self.interrupted = (
             self.ended
             or self.debugged
             or self.held
             or self.halted
             or self.stale
             or self.bp_queued is not None
-            or Capability.MTRAP_EXIT in self.wanted
         )
+        self.stepping = Capability.MTRAP_EXIT in self.wanted
+        self.attention = self.interrupted or self.stepping
 
     def set_guest_debug(self, *, step: bool = False, int3: bool = False) -> None:
         """Tell KVM which traps are wanted now (KVM_SET_GUEST_DEBUG).  On the vCPU's own thread.
@@ -127,24 +132,31 @@ class VcpuRecord:
         control = 0
         if int3 or self.int3_exits or Capability.BPT_EXIT in self.wanted:
             control |= kvm.KVM_GUESTDBG_USE_SW_BP
-        if step or Capability.MTRAP_EXIT in self.wanted:
+        if step or self.stepping:
             control |= kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_BLOCKIRQ
-        debugreg = [0] * 8
         if self.breakpoints:
             control |= kvm.KVM_GUESTDBG_USE_HW_BP
-            debugreg[7] = 0x400  # bit 10 is always 1
-            for number, breakpoint in enumerate(self.breakpoints):
-                debugreg[number] = breakpoint.gva
-                debugreg[7] |= _dr7_bits(number, breakpoint)
         if control:
             control |= kvm.KVM_GUESTDBG_ENABLE
-        self.handle.set_guest_debug(control, debugreg)
+        self.handle.set_guest_debug(control, _debug_registers(self.breakpoints))
         self.control = control
 
     def close(self) -> None:
         """Close the vCPU's descriptor.  Nobody may be in KVM_RUN."""
         del self.kvm_run, self.map  # the map cannot be closed while a view of it lives
         self.handle.close()
+
+
+@functools.lru_cache(maxsize=64)  # asked for before each step
+def _debug_registers(breakpoints: tuple[HardwareBreakpoint, ...]) -> tuple[int, ...]:
+    """DR0 to DR7 that make the processor watch for these."""
+    debugreg = [0] * 8
+    if breakpoints:
+        debugreg[7] = 0x400  # bit 10 is always 1
+    for number, breakpoint in enumerate(breakpoints):
+        debugreg[number] = breakpoint.gva
+        debugreg[7] |= _dr7_bits(number, breakpoint)
+    return tuple(debugreg)
 
 
 def _dr7_bits(number: int, breakpoint: HardwareBreakpoint) -> int:

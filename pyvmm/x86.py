@@ -56,7 +56,8 @@ TYPE_TSS32_BUSY = 0xB
 TYPE_INTERRUPT_GATE16, TYPE_TRAP_GATE16 = 0x6, 0x7
 TYPE_INTERRUPT_GATE, TYPE_TRAP_GATE = 0xE, 0xF
 
-_PREFIXES = frozenset(b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65")  # all but LOCK
+_PREFIXES = b"\x66\x67\xf2\xf3\x2e\x36\x3e\x26\x64\x65"  # all but LOCK
+_PREFIXES_LONG = _PREFIXES + bytes(range(0x40, 0x50))  # REX
 _MAX_INSTRUCTION = 15  # bytes (SDM vol. 2A, "Instruction Format")
 
 
@@ -125,12 +126,14 @@ def descriptor(segment: kvm_segment) -> int:
 
 def split_prefixes(code: bytes, mode: CpuMode) -> tuple[bytes, bytes]:
     """Split instruction bytes into (prefixes incl. REX, the rest).  LOCK counts as no prefix."""
-    length = 0
-    while length < min(len(code), _MAX_INSTRUCTION) and (
-        code[length] in _PREFIXES or (mode is CpuMode.LONG and code[length] & 0xF0 == 0x40)
-    ):
-        length += 1
-    return code[:length], code[length:]
+    rest = skip_prefixes(code, mode)
+    return code[: len(code) - len(rest)], rest
+
+
+def skip_prefixes(code: bytes, mode: CpuMode) -> bytes:
+    """The rest alone."""
+    prefixes = _PREFIXES_LONG if mode is CpuMode.LONG else _PREFIXES
+    return code[:_MAX_INSTRUCTION].lstrip(prefixes) + code[_MAX_INSTRUCTION:]
 
 
 def int3_length(code: bytes, mode: CpuMode) -> int | None:

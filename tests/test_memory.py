@@ -178,6 +178,24 @@ def test_pages_that_are_apart_read_as_one(memory: GuestMemory) -> None:
     assert (memory.read(0x5FFE, 2), memory.read(0x4000, 2)) == (b"wx", b"yz")
 
 
+def test_a_page_that_the_guest_remaps_is_read_where_it_is_now(memory: GuestMemory) -> None:
+    virtual = paged(memory, {0x8000: 0x5000})
+    memory.write(0x5000, b"old")
+    memory.write(0x4000, b"new")
+    assert virtual.read(0x8000, 3) == b"old"
+    paged(memory, {0x8000: 0x4000})
+    assert virtual.read(0x8000, 3) == b"new"
+    memory.write(ROOT, bytes(4))  # the table itself is gone
+    with pytest.raises(paging.TranslationFault):
+        virtual.read(0x8000, 3)
+
+
+def test_more_pages_than_are_remembered_are_found(memory: GuestMemory) -> None:
+    virtual = paged(memory, {n << 12: 0x5000 for n in range(200)})
+    memory.write(0x5000, b"here")
+    assert all(virtual.read(n << 12, 4) == b"here" for _ in range(2) for n in range(200))
+
+
 def test_a_write_that_runs_into_an_unmapped_page_writes_nothing(memory: GuestMemory) -> None:
     virtual = paged(memory, {0x8000: 0x5000})
     with pytest.raises(paging.TranslationFault):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -213,3 +214,74 @@ def test_a_vcpu_that_faults_while_another_steps_still_reaches_its_handler() -> N
             assert bench.vm.get_register(0, Register.RIP) == 0x40001 + n
         bench.wait_runs(1)
         assert bench.memory.read(0x30000, len(handler)) == handler
+
+
+# --- steps in a range ---------------------------------------------------------------------------
+
+DOWN = b"\xff\xc9\x75\xfc"  # here: dec ecx; jnz here
+
+
+def in_a_range(code: bytes, length: int, rcx: int = 0) -> Bench:
+    """Ready to step through the first `length` bytes of `code` without an exit for each."""
+    bench = prepared(code, LabMode.LONG)
+    regs = bench.cpu.get(kvm.kvm_regs)
+    regs.rcx = rcx
+    bench.cpu.set(regs)
+    bench.vm.set_step_range(0, range(CODE, CODE + length))
+    return bench
+
+
+def test_steps_in_a_range_end_at_the_first_instruction_outside() -> None:
+    with in_a_range(DOWN, len(DOWN), rcx=100) as bench:
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RIP) == CODE + len(DOWN)
+        assert bench.vm.get_register(0, Register.RCX) == 0
+        assert step(bench) == exits.Mtrap(), "outside, each step is an exit"
+        assert bench.vm.get_register(0, Register.RIP) == CODE + len(DOWN) + 1
+
+
+def test_a_range_that_is_not_left_can_be_interrupted() -> None:
+    with in_a_range(b"\xeb\xfe", 2) as bench:
+        stopper = threading.Timer(0.05, bench.vm.suspend_cpu, (0,))
+        stopper.start()
+        while not isinstance(bench.enter(), exits.Debug):
+            assert bench.vm.get_register(0, Register.RIP) == CODE
+        stopper.join()
+
+
+def test_a_range_forgets_its_addresses_when_stepping_is_switched_on_again() -> None:
+    with in_a_range(DOWN, len(DOWN), rcx=100) as bench:
+        bench.vm.set_capability(0, Capability.MTRAP_EXIT, True)
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RIP) == CODE + 2
+
+
+def test_code_that_changes_itself_in_a_range_is_stepped_as_it_is_then() -> None:
+    # mov byte [rip + 0], 0x9c: the nop behind it becomes a pushf, which must not show TF
+    code = b"\xc6\x05\x00\x00\x00\x00\x9c" + b"\x90"
+    with in_a_range(code, len(code)) as bench:
+        rsp = bench.vm.get_register(0, Register.RSP)
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RIP) == CODE + len(code)
+        assert bench.vm.get_register(0, Register.RSP) == rsp - 8
+        assert not bench.read_u64(rsp - 8) & x86.RFLAGS_TF
+
+
+def test_io_in_a_range_is_an_exit_and_the_range_goes_on_behind_it() -> None:
+    code = b"\x90\xe4\x10\xe6\x10\x90"  # nop; in al, 0x10; out 0x10, al; nop
+    with in_a_range(code, len(code)) as bench:
+        assert isinstance(bench.enter(), exits.InOut)
+        bench.vm.answer(0, b"\x5a")
+        while not isinstance(exit := bench.enter(), exits.InOut):
+            assert exit == exits.Mtrap()
+        assert exit.data == b"\x5a"
+        while bench.vm.get_register(0, Register.RIP) != CODE + len(code):
+            assert bench.enter() == exits.Mtrap()
+
+
+def test_a_fault_in_a_range_is_a_step_to_its_handler() -> None:
+    code = b"\x90\x0f\x0b"  # nop; ud2
+    with in_a_range(code, len(code)) as bench:
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RIP) == HANDLERS + 16 * x86.VECTOR_UD
+        assert not saved_flags(bench, x86.VECTOR_UD) & x86.RFLAGS_TF
