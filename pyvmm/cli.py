@@ -437,7 +437,7 @@ def _run_until_signal(
     previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
         # A shell in a Linux guest wants ^C and its like.
-        all_keys = escape is not None and machine.image.kind.startswith(("Linux", "PVH"))
+        all_keys = escape is not None and machine.image.is_linux
         with RawTerminal(0 if input_is_ours else -1, all_keys=all_keys):
             if console is not None and os.isatty(1):
                 machine.on_look(_WindowSize(console))

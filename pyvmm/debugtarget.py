@@ -126,6 +126,10 @@ class MachineTarget:
         except OSError:  # removed since
             return None
 
+    def moved_base(self) -> int | None:
+        """See Target."""
+        return self.names.moved_base() if self.machine.image.is_linux else None
+
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """Where there can ever be memory: RAM, and nothing else, at any virtual address."""
         if self.architecture() is not Architecture.X86_64:

@@ -46,6 +46,16 @@ class Names:
             self._kernel = find(self._vm.memory, self._sregs().cr4)
         return self._kernel
 
+    def moved_base(self) -> int | None:
+        """Where a Linux kernel begins that has moved itself; else None."""
+        from pyvmm.linux.kernel import LinuxError
+
+        try:
+            kernel = self.kernel()
+            return kernel.base if kernel.base != kernel.link_base else None
+        except LinuxError:
+            return None
+
     def where(self) -> list[str]:
         """Where each vCPU is, as lines, and whose names these are.
 

@@ -127,6 +127,12 @@ def _watchpoints(session: Session, args: bytes) -> bytes:
     return b"num:4;"
 
 
+def _offsets(session: Session, args: bytes) -> bytes:
+    """qOffsets: where the first segment of the debugger's file is. Asked when it connects."""
+    base = session.target.moved_base()
+    return b"" if base is None else b"TextSeg=%x" % base
+
+
 def _monitor(session: Session, args: bytes) -> bytes:
     """qRcmd,HEX: a `monitor` command. Errors are text, too: gdb before 15 shows no others here."""
     command = unhex(args).decode(errors="replace")
@@ -153,6 +159,7 @@ PACKETS: tuple[Row, ...] = (
     Row(b"!", _ok),
     Row(b"qAttached", _attached, b":"),
     Row(b"qSymbol", _ok, b":"),
+    Row(b"qOffsets", _offsets),
     Row(b"qRcmd", _monitor, b","),
     Row(b"qXfer", stub_files.read_document, b":"),
     Row(b"vFile", stub_files.file_operation, b":", any_phase=True),

@@ -139,6 +139,10 @@ class Target(Protocol):
         """The file with the symbols, if there is one and its ELF class fits architecture(): gdb
         cannot use another (see registers.py). Also called while the VM runs."""
 
+    def moved_base(self) -> int | None:
+        """The GVA at which a kernel begins that has moved itself (KASLR): not where its ELF file
+        says. None for all others. Asked when a session begins."""
+
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """All GVAs at which there can ever be memory, as (start, length) in bytes; None: not told.
 

@@ -38,6 +38,7 @@ class FakeTarget:
         self.report = StopReport(0)
         self.ram = bytearray(RAM_SIZE)
         self.ranges: list[tuple[int, int]] | None = None
+        self.base: int | None = None
         self.file: ExecFile | None = None
         self.refuse_registers = False
         self.registers: list[dict[str, Value]] = [
@@ -69,6 +70,9 @@ class FakeTarget:
 
     def exec_file(self) -> ExecFile | None:
         return self.file
+
+    def moved_base(self) -> int | None:
+        return self.base
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         return self.ranges

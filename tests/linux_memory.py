@@ -14,17 +14,17 @@ from pyvmm.memory import GuestMemory, MemorySlot
 
 LINK_BASE = 0xFFFF_FFFF_8100_0000
 DIRECT_MAP = 0xFFFF_8880_0000_0000  # all of guest-physical memory, without KASLR
-KERNEL_GPA = 4 << 20
-RAM_BYTES = 12 << 20
+KERNEL_GPA = 2 << 20
+RAM_BYTES = 8 << 20
 
 # Offsets in the image.
 TABLES, BANNER, BOOT_PARAMS, PAGE_TABLES, PRB, LOG = (
     0x10_0000,
-    0x20_0000,
-    0x20_1000,
-    0x21_0000,
-    0x22_0000,
-    0x23_0000,
+    0x18_0000,
+    0x18_1000,
+    0x19_0000,
+    0x1A_0000,
+    0x1B_0000,
 )
 SYMBOLS = (
     (0, "T", "_text"),

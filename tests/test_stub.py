@@ -615,12 +615,18 @@ def test_acks_end_when_the_client_says_so(target: FakeTarget) -> None:
         (b"qAttached", b"1"),
         (b"qAttached:1", b"1"),
         (b"qSymbol::", b"OK"),
+        (b"qOffsets", b""),
         (b"vCont?", b"vCont;c;C;s;S;t;r"),
         (b"qWatchpointSupportInfo:", b"num:4;"),
     ],
 )
 def test_small_talk(packet: bytes, reply: bytes, stub: Stub) -> None:
     assert stub.handle(packet) == reply
+
+
+def test_the_debugger_is_told_where_a_kernel_has_moved_itself(target: FakeTarget) -> None:
+    target.base = 0xFFFF_FFFF_8F80_0000
+    assert Stub(target).handle(b"qOffsets") == b"TextSeg=ffffffff8f800000"
 
 
 @pytest.mark.parametrize("packet", [b"qHostInfo", b"qProcessInfo"])

@@ -110,6 +110,11 @@ class Image(NamedTuple):
     initrd: Module | None = None
     selectors: Selectors = Selectors()
 
+    @property
+    def is_linux(self) -> bool:
+        """Whether the boot protocol is one of Linux's."""
+        return self.kind.startswith(("Linux", "PVH"))
+
 
 class LoadOptions(NamedTuple):
     """What the user asked for, `None` where nothing: `--mode`, `--load GPA` and `--entry GPA`."""
