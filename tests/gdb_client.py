@@ -136,9 +136,13 @@ def gdb_batch(guest: Serving | str | None, *commands: str, connect: str = "targe
     if guest is not None:
         address = guest.address if isinstance(guest, Serving) else guest
         commands = (f"{connect} {address}", *commands)
-    arguments = [word for command in commands for word in ("-ex", command)]
+    return run_debugger(*_GDB, "-batch", *(w for command in commands for w in ("-ex", command)))
+
+
+def run_debugger(*command: str) -> str:
+    """Run a debugger that ends by itself; all that it printed."""
     result = subprocess.run(
-        [*_GDB, "-batch", *arguments],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

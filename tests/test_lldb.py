@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import GUESTS, REPOSITORY
-from tests.gdb_client import ENVIRONMENT, PATIENCE, Serving, needs_lldb, serving, wait_for
+from tests.conftest import GUESTS
+from tests.gdb_client import (
+    ENVIRONMENT,
+    PATIENCE,
+    Serving,
+    needs_lldb,
+    run_debugger,
+    serving,
+    wait_for,
+)
 from tests.support import requires
 
 pytestmark = [pytest.mark.kvm, pytest.mark.process, needs_lldb]
@@ -28,18 +36,7 @@ def lldb(guest: Serving, *commands: str, symbols: str = "") -> str:
     """
     load = [str(GUESTS / symbols)] if symbols else []
     typed = (f"gdb-remote {_port(guest)}", *commands)
-    result = subprocess.run(
-        [*COMMAND, "--batch", *load, *(word for line in typed for word in ("-o", line))],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=ENVIRONMENT,
-        cwd=REPOSITORY,
-        timeout=2 * PATIENCE,
-    )
-    return result.stdout
+    return run_debugger(*COMMAND, "--batch", *load, *(w for line in typed for w in ("-o", line)))
 
 
 def _port(guest: Serving) -> str:
