@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (arguments.gdb_nowait or arguments.gdb_catch_int3) and arguments.gdb is None:
             parser.error("--gdb-nowait and --gdb-catch-int3 go with --gdb ADDRESS")
         if arguments.image is None:
-            parser.error("name an image to run, or --probe; --help shows examples")
+            parser.error("name an image to run, or --probe")
         return _run(arguments)
     except (ImageError, ValueError) as error:
         return _fail(STATUS_USAGE, str(error))
@@ -83,11 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    try:
-        print(f"pyvmm: {message}", file=sys.stderr, flush=True)
-    except OSError:  # nobody reads stderr: say nothing more, not even at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _tell(f"pyvmm: {message}")
     return status
+
+
+def _tell(message: str) -> None:
+    """Print on stderr."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it: say nothing more, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _open_standard_descriptors() -> None:
@@ -471,13 +476,11 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 def _report(machine: Machine, stop: Stop, signal_number: int | None, tracer: Tracer | None) -> int:
     """Tell on stderr what a silent end would hide; returns the exit status."""
     if tracer is not None:
-        print(tracer.summary(), file=sys.stderr)
+        _tell(tracer.summary())
     if stop.reason is StopReason.INTERRUPTED and signal_number is not None:
         return 128 + signal_number
     if stop.reason is StopReason.TIMEOUT:
-        print(f"pyvmm: {stop.message}\n{machine.describe_vcpus()}", file=sys.stderr)
+        _tell(f"pyvmm: {stop.message}\n{machine.describe_vcpus()}")
     elif stop.reason in (StopReason.CRASHED, StopReason.FAILED):
-        print(f"pyvmm: {stop.message}", file=sys.stderr)
-        if stop.report:
-            print(stop.report, file=sys.stderr)
+        _tell("\n".join(filter(None, (f"pyvmm: {stop.message}", stop.report))))
     return stop.status

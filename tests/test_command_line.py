@@ -378,6 +378,29 @@ def test_a_trace_to_a_reader_that_left_does_not_look_like_the_guest_s_own_status
     assert result.returncode == 4
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(("triplefault.bin",), 6), (("counter.bin", "--timeout", "0.1"), 124), (("nosuch.bin",), 2)],
+)
+def test_a_report_that_nobody_reads_changes_no_status(
+    arguments: tuple[str, ...], status: int
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    image, *options = arguments
+    result = subprocess.run(
+        [*COMMAND, GUESTS / image, *options],
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=writing,
+        timeout=PATIENCE,
+    )
+    os.close(writing)
+    assert result.returncode == status
+
+
 # --- input ---------------------------------------------------------------------------------------
 
 
