@@ -1,4 +1,4 @@
-"""Linux from its kernel to a shell and back: disk, power-off, reset and panic.
+"""Linux from its kernel to a shell and back: disk, console, power-off, reset and panic.
 
 The kernel is Debian's cloud kernel (tests/hosts/linux.py); the tests type at its serial console.
 """
@@ -6,7 +6,7 @@ The kernel is Debian's cloud kernel (tests/hosts/linux.py); the tests type at it
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import pytest
 
 from pyvmm import StopReason
 from pyvmm.boot import read_image
+from pyvmm.devices.virtio import VirtioDevice
 from pyvmm.devices.virtio_blk import VirtioBlk
+from pyvmm.devices.virtio_console import VirtioConsole
 from pyvmm.devices.virtio_rng import VirtioRng
 from pyvmm.disk import Disk
 from pyvmm.testing import Guest
@@ -47,7 +49,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Pat
     path.write_bytes(b"")
     with path.open("r+b") as file:
         file.truncate(32 * MIB)
-    with boot(folder, path, cpus=2) as guest:
+    with boot(folder, disk_and_entropy(path), cpus=2) as guest:
         wait_for_shell(guest, "rootfs")
         assert run(guest, "nproc") == "2"
         assert run(guest, "cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0"
@@ -61,13 +63,18 @@ def disk(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Pat
     yield path
 
 
-def boot(folder: Path, disk: Path | None = None, append: str = "", **machine: Any) -> Guest:
+def disk_and_entropy(disk: Path) -> list[VirtioDevice]:
+    return [VirtioBlk(Disk(str(disk))), VirtioRng()]
+
+
+def boot(
+    folder: Path, virtio: Sequence[VirtioDevice] = (), append: str = "", **machine: Any
+) -> Guest:
     image = read_image(
         str(folder / "vmlinuz"),
         append=f"console=ttyS0 quiet panic=-1 {append}",
         initrd=str(folder / "initrd"),
     )
-    virtio = [VirtioBlk(Disk(str(disk))), VirtioRng()] if disk else []
     return Guest(image, memory=256 * MIB, virtio=virtio, **machine)
 
 
@@ -103,7 +110,7 @@ def fsck(folder: Path, disk: Path) -> None:
 def test_a_root_file_system_is_written_and_outlives_power_off_and_reboot(
     folder: Path, disk: Path
 ) -> None:
-    with boot(folder, disk, "root=/dev/vda") as guest:
+    with boot(folder, disk_and_entropy(disk), "root=/dev/vda") as guest:
         wait_for_shell(guest, "/dev/vda")
         assert run(guest, "cat /kept") == "before"
         run(guest, "echo written >/kept; seq 100000 >/numbers")
@@ -116,6 +123,21 @@ def test_a_root_file_system_is_written_and_outlives_power_off_and_reboot(
         power_off(guest)
     fsck(folder, disk)
     assert b"written\n" in disk.read_bytes()
+
+
+def test_a_virtio_console_prints_reads_and_knows_its_size(folder: Path) -> None:
+    printed = bytearray()
+    console = VirtioConsole(printed.extend, columns=111, rows=33)
+    with boot(folder, virtio=[console]) as guest:
+        wait_for_shell(guest, "rootfs")
+        run(guest, "exec 3<>/dev/hvc0")
+        assert run(guest, "stty size <&3") == "33 111"
+        console.resize(120, 40)
+        run(guest, "until stty size <&3 | grep '40 120'; do sleep 1; done")
+        run(guest, "echo printed >&3")
+        assert b"printed\r\n" in printed
+        console.receive(b"typed\n")
+        assert run(guest, "read line <&3; echo $line") == "typed"
 
 
 def test_a_panic_is_a_crash_if_the_kernel_restarts_by_a_triple_fault(folder: Path) -> None:

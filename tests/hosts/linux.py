@@ -16,7 +16,7 @@ from tests.hosts import initrd, packages
 FOLDER = Path("/linux")
 
 # Drivers of pyvmm's devices that this kernel has as modules.
-MODULES = ("virtio-mmio", "virtio-blk", "virtio-rng")
+MODULES = ("virtio-mmio", "virtio-blk", "virtio-rng", "virtio-console")
 
 
 def find(scratch: Path) -> Path:
