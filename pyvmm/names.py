@@ -43,18 +43,14 @@ class Names:
         from pyvmm.linux.kernel import find
 
         if self._kernel is None:
-            self._kernel = find(self._vm.memory, self._sregs().cr4)
+            self._kernel = find(self._vm.memory, self._sregs())
         return self._kernel
 
     def moved_base(self) -> int | None:
-        """Where a Linux kernel begins that has moved itself; else None."""
-        from pyvmm.linux.kernel import LinuxError
+        """Where a Linux kernel begins that has moved itself; None if that is not found at once."""
+        from pyvmm.linux.kernel import find_moved_base
 
-        try:
-            kernel = self.kernel()
-            return kernel.base if kernel.base != kernel.link_base else None
-        except LinuxError:
-            return None
+        return find_moved_base(self._vm.memory, self._sregs())
 
     def where(self) -> list[str]:
         """Where each vCPU is, as lines, and whose names these are.

@@ -6,11 +6,12 @@ and boot parameters; a log can be added.  There is no code in it.
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
-from pyvmm.memory import GuestMemory, MemorySlot
+from pyvmm.memory import GuestMemory
 
 LINK_BASE = 0xFFFF_FFFF_8100_0000
 DIRECT_MAP = 0xFFFF_8880_0000_0000  # all of guest-physical memory, without KASLR
@@ -120,9 +121,9 @@ class Ram:
     ) -> None:
         """`offset` is by how much the kernel has moved itself."""
         self.base = LINK_BASE + offset
-        self.pages = mmap.mmap(-1, RAM_BYTES)
-        self.memory = GuestMemory(None)  # type: ignore[arg-type]
-        self.memory.slots.append(MemorySlot(0, 0, RAM_BYTES, False, self.pages))
+        without_kvm: Any = SimpleNamespace(set_memory_slot=lambda *arguments: None)
+        self.memory = GuestMemory(without_kvm)
+        self.pages = self.memory.add_slot(0, RAM_BYTES).pages
         self.write(TABLES, pack_tables(symbols, base=self.base, order=order, percpu=percpu))
         self.write(BANNER, b"Linux version 6.1.0 (made up)\n\0")
         self.write(BOOT_PARAMS + 0x258, struct.pack("<Q", 16 << 20))

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from pyvmm.kvm import kvm_sregs
 from pyvmm.linux import kallsyms
-from pyvmm.linux.kernel import Kernel, LinuxError, find
+from pyvmm.linux.kernel import Kernel, LinuxError, find, find_moved_base
+from pyvmm.paging import CR0_PG, CR4_PAE, EFER_LME
 from tests.linux_memory import (
     BANNER,
     BOOT_PARAMS,
@@ -87,7 +89,7 @@ def test_damaged_tables_are_found_or_not_and_never_an_exception(order: str) -> N
 
 @pytest.mark.parametrize("offset", [0, 0x3460_0000])
 def test_where_the_kernel_is_and_was_linked_for(offset: int) -> None:
-    kernel = find(Ram(offset=offset).memory, 0)
+    kernel = find(Ram(offset=offset).memory, kvm_sregs())
     assert (kernel.base, kernel.gpa) == (LINK_BASE + offset, KERNEL_GPA)
     assert kernel.link_base == LINK_BASE
     assert kernel.gva("start_kernel") == LINK_BASE + offset + 0x1000
@@ -96,13 +98,13 @@ def test_where_the_kernel_is_and_was_linked_for(offset: int) -> None:
 def test_a_kernel_linked_for_another_address_says_so_in_its_boot_parameters() -> None:
     ram = Ram()
     ram.write(BOOT_PARAMS + 0x258, (2 << 20).to_bytes(8, "little"))
-    assert find(ram.memory, 0).link_base == 0xFFFF_FFFF_8020_0000
+    assert find(ram.memory, kvm_sregs()).link_base == 0xFFFF_FFFF_8020_0000
     ram.write(BOOT_PARAMS + 0x258, bytes(8))  # PVH: nobody has filled them in
-    assert find(ram.memory, 0).link_base == LINK_BASE
+    assert find(ram.memory, kvm_sregs()).link_base == LINK_BASE
 
 
 def test_functions_have_names_and_variables_have_not() -> None:
-    code = find(Ram(percpu=PERCPU).memory, 0).code()
+    code = find(Ram(percpu=PERCPU).memory, kvm_sregs()).code()
     named = [code.name(LINK_BASE + offset) for offset in (-1, 0, 0x1001, 0x1110, 0x1200, BANNER)]
     assert named == [None, "_text", "start_kernel+0x1", "do_idle+0x10", "weak_alias", None]
     assert code.name(0x1_F010) is None, "an offset in a processor's own data is no function"
@@ -111,12 +113,12 @@ def test_functions_have_names_and_variables_have_not() -> None:
 def test_of_several_names_of_an_address_the_first_one_counts() -> None:
     symbols = ((0x1000, "T", "good"), (0x1000, "T", "__good"), (0x1000, "W", "sys_good"))
     ram = Ram(symbols=(*symbols, *SYMBOLS))
-    assert find(ram.memory, 0).code().name(LINK_BASE + 0x1000) == "good"
+    assert find(ram.memory, kvm_sregs()).code().name(LINK_BASE + 0x1000) == "good"
 
 
 def test_kernel_memory_is_read_by_the_kernels_own_page_tables() -> None:
     ram = Ram(offset=0x40_0000)
-    kernel = find(ram.memory, 0)
+    kernel = find(ram.memory, kvm_sregs())
     assert kernel.read(kernel.gva("linux_banner"), 13) == b"Linux version"
     assert kernel.read(DIRECT_MAP + KERNEL_GPA + BANNER, 13) == b"Linux version"
     across = kernel.read(kernel.base + (2 << 20) - 4, 8)  # two pages
@@ -127,12 +129,14 @@ def test_kernel_memory_is_read_by_the_kernels_own_page_tables() -> None:
 @pytest.mark.parametrize("gva", [0x1000, 0xFFFF_C900_0000_0000, DIRECT_MAP + (100 << 20)])
 def test_what_is_not_mapped_or_not_ram_is_one_line(gva: int) -> None:
     with pytest.raises(LinuxError) as caught:
-        find(Ram().memory, 0).read(gva, 8)
+        find(Ram().memory, kvm_sregs()).read(gva, 8)
     assert "\n" not in str(caught.value)
 
 
 def without(name: str) -> Kernel:
-    return find(Ram(symbols=[symbol for symbol in SYMBOLS if symbol[2] != name]).memory, 0)
+    return find(
+        Ram(symbols=[symbol for symbol in SYMBOLS if symbol[2] != name]).memory, kvm_sregs()
+    )
 
 
 def test_what_the_kernel_does_not_name_is_one_line() -> None:
@@ -148,7 +152,32 @@ def test_without_a_kernel_or_its_banner_there_is_one_line() -> None:
     ram = Ram()
     ram.write(BANNER, bytes(64))
     with pytest.raises(LinuxError, match="banner"):
-        _ = find(ram.memory, 0).gpa
+        _ = find(ram.memory, kvm_sregs()).gpa
     ram.write(TABLES, bytes(PAGE_TABLES - TABLES))
     with pytest.raises(LinuxError, match="no symbol table"):
-        find(ram.memory, 0)
+        find(ram.memory, kvm_sregs())
+
+
+def paging_of(ram: Ram) -> kvm_sregs:
+    """A vCPU's registers, with the kernel's own page tables."""
+    sregs = kvm_sregs()
+    sregs.cr0, sregs.cr4, sregs.efer = CR0_PG, CR4_PAE, EFER_LME
+    sregs.cr3 = KERNEL_GPA + PAGE_TABLES
+    return sregs
+
+
+def test_where_it_has_moved_itself_is_found_by_a_vcpus_page_tables() -> None:
+    ram = Ram(offset=0x40_0000)
+    assert find_moved_base(ram.memory, paging_of(ram)) == LINK_BASE + 0x40_0000
+    assert find_moved_base(ram.memory, kvm_sregs()) is None, "paging is off"
+    assert find(ram.memory, paging_of(ram)).base == LINK_BASE + 0x40_0000
+    unmoved = Ram()
+    assert find_moved_base(unmoved.memory, paging_of(unmoved)) is None
+
+
+def test_the_kernel_that_is_mapped_is_found_before_another_copy() -> None:
+    ram = Ram(offset=0x40_0000)
+    copy = pack_tables([(0, "T", "copy")])
+    ram.pages[0x1000 : 0x1000 + len(copy)] = copy
+    assert find(ram.memory, kvm_sregs()).symbols[0].name == "copy"
+    assert find(ram.memory, paging_of(ram)).symbols[0].name == "_text"

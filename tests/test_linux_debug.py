@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.kvm import kvm_sregs
 from pyvmm.machine import Machine
-from tests.linux_memory import DIRECT_MAP, KERNEL_GPA, LINK_BASE, LOG, PRB, Ram
+from tests.linux_memory import DIRECT_MAP, KERNEL_GPA, LINK_BASE, LOG, PAGE_TABLES, PRB, Ram
 from tests.rsp_client import RIP, Debuggee, RspClient, flat_image
 from tests.test_printk import Log
 
@@ -37,6 +38,14 @@ def with_kernel(offset: int = MOVED, messages: int = 3) -> Debuggee:
     return Debuggee(flat_image(RESET)._replace(kind="Linux"), prepare=prepare)
 
 
+def use_kernels_page_tables(debuggee: Debuggee) -> None:
+    """As a kernel that runs: the guest's own do not have it."""
+    handle = debuggee.vm.state(0)
+    sregs = handle.get(kvm_sregs)
+    sregs.cr3 = KERNEL_GPA + PAGE_TABLES
+    handle.set(sregs)
+
+
 @pytest.fixture
 def client() -> Iterator[RspClient]:
     with with_kernel() as debuggee, debuggee.connect() as client:
@@ -55,12 +64,19 @@ def test_kaslr_is_told_as_what_gdb_wants(client: RspClient) -> None:
         "the kernel begins at 0xffffffff95600000, GPA 0x200000, moved by 0x14600000; type\n"
         "  symbol-file -o 0x14600000 vmlinux\n"
     )
-    assert client.ask("qOffsets") == b"TextSeg=ffffffff95600000"
+
+
+def test_gdb_is_told_when_it_connects() -> None:
+    with with_kernel() as debuggee, debuggee.connect() as client:
+        assert client.ask("qOffsets") == b"", "its page tables do not have it yet"
+        use_kernels_page_tables(debuggee)
+        assert client.ask("qOffsets") == b"TextSeg=ffffffff95600000"
 
 
 def test_a_kernel_that_has_not_moved_needs_nothing() -> None:
     with with_kernel(offset=0) as debuggee, debuggee.connect() as client:
         assert "where it was linked for; type\n  symbol-file vmlinux" in client.monitor("kaslr")
+        use_kernels_page_tables(debuggee)
         assert client.ask("qOffsets") == b""
 
 
@@ -93,7 +109,6 @@ def test_after_a_reset_the_kernel_is_looked_for_anew() -> None:
         client.break_in()
         assert "no symbol table of a 64-bit Linux kernel" in client.monitor("kaslr")
         assert "names: none" in client.monitor("where")
-        assert client.ask("qOffsets") == b""
 
 
 def test_a_damaged_kernel_is_one_line(client: RspClient) -> None:

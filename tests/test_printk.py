@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from pyvmm.kvm import kvm_sregs
 from pyvmm.linux.kernel import LinuxError, find
 from pyvmm.linux.printk import Record, read_log
 from tests.linux_memory import KERNEL_GPA, LOG, PRB, SYMBOLS, Ram
@@ -67,7 +68,7 @@ class Log:
 
     def read(self) -> list[Record]:
         self.finish()
-        return read_log(find(self.ram.memory, 0))
+        return read_log(find(self.ram.memory, kvm_sregs()))
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_before_its_first_message_the_log_is_empty(log: Log) -> None:
 def test_another_kind_of_kernel_is_one_line(name: str, missing: str) -> None:
     ram = Ram(symbols=[symbol for symbol in SYMBOLS if symbol[2] != name])
     with pytest.raises(LinuxError, match=f"no symbol {missing}"):
-        read_log(find(ram.memory, 0))
+        read_log(find(ram.memory, kvm_sregs()))
 
 
 def test_damaged_logs_are_an_error_or_have_other_messages() -> None:
@@ -163,7 +164,7 @@ def test_damaged_logs_are_an_error_or_have_other_messages() -> None:
     for number in range(5):
         log.add(b"message %d" % number)
     log.finish()
-    kernel = find(ram.memory, 0)
+    kernel = find(ram.memory, kvm_sregs())
     sound = {place: ram.pages[ram_at(place) : ram_at(place) + 256] for place in (LOG, DESCRIPTORS)}
     rng = random.Random(1)
     for _ in range(300):

@@ -12,7 +12,7 @@ brackets is not everywhere:
 A name is a length and so many bytes, each the number of a token: of one of 256 strings.  Characters
 are tokens of their own, so the token table can be told by its ten digits in a row, and the index
 behind it, which says where each token begins, proves it.  relative_base is told by what it is, the
-address of the kernel's first page, and the place where it is by num_syms, names and markers, which
+address of the kernel's beginning, and the place where it is by num_syms, names and markers, which
 must fit together.  Addresses are as the kernel runs: one that moved itself (KASLR) has corrected
 relative_base.
 
@@ -25,12 +25,14 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from itertools import chain
 
 from pyvmm.light import NamedTuple
 
 KERNEL_HALF = 0xFFFF_FFFF_8000_0000  # __START_KERNEL_map: no kernel is linked below
+IMAGE_ALIGNMENT = 2 << 20  # MIN_KERNEL_ALIGN, of the image's beginning: its GVA and its GPA
 
 _TOKENS = 256
 _INDEX = struct.Struct(f"<{_TOKENS}H")
@@ -40,7 +42,6 @@ _MAX_TOKEN_TABLE_BYTES = 1 << 16  # the index has 16 bits
 _ALIGNMENT = 8  # of each table
 _MARKER_STEP = 256  # markers: where in the names every 256th one begins
 _MAX_TABLES_BYTES = 16 << 20  # a distribution's kernel has 5 MiB
-_PAGE_BYTES = 4096
 
 Pages = mmap.mmap | bytes
 
@@ -69,20 +70,38 @@ class _Place(NamedTuple):
     base: int
 
 
-def find(pages: Pages) -> Kallsyms | None:
+def find(pages: Pages, begin: int = 0, end: int = sys.maxsize) -> Kallsyms | None:
     """The symbol table in these pages of guest memory: the first one that is whole.
 
     (A kernel that unpacked itself may have left remains of a copy, uncorrected, behind its own.)
     """
-    for match in _DIGITS.finditer(pages):
-        found = _unpack(pages, match.start())
-        if found is not None:
-            return found
+    for tokens, table, place in _places(pages, begin, end):
+        names = _names(pages[place.names_at : table], tokens, place.total)
+        if names is not None:
+            gvas = _addresses(pages, place)
+            symbols = [Symbol(v, name[:1], name[1:]) for v, name in zip(gvas, names, strict=True)]
+            return Kallsyms(place.base, symbols)
     return None
 
 
-def _unpack(pages: Pages, digits: int) -> Kallsyms | None:
-    """The symbols, if the digits at this offset are those of a token table."""
+def find_base(pages: Pages, begin: int, end: int) -> int | None:
+    """Only where the image begins, without the proof that the names are: in a tenth of the time."""
+    return next((place.base for _, _, place in _places(pages, begin, end)), None)
+
+
+def _places(pages: Pages, begin: int, end: int) -> Iterator[tuple[list[str], int, _Place]]:
+    """The tokens, the place of their table, and where the other tables may be."""
+    for match in _DIGITS.finditer(pages, begin, min(end, len(pages))):
+        found = _token_table(pages, match.start())
+        if found is not None:
+            tokens, table, index_end = found
+            places = chain(_places_before(pages, table), _places_behind(pages, table, index_end))
+            for place in places:
+                yield tokens, table, place
+
+
+def _token_table(pages: Pages, digits: int) -> tuple[list[str], int, int] | None:
+    """The tokens, where their table begins, and where its index ends, if it has these digits."""
     # The tokens are in the order of their numbers, which for characters are their codes.
     after = _TOKENS - ord("0")
     rest = pages[digits : digits + _MAX_TOKEN_TABLE_BYTES].split(b"\0", after)
@@ -97,19 +116,7 @@ def _unpack(pages: Pages, digits: int) -> Kallsyms | None:
     tokens = pages[max(0, table) : index].split(b"\0")[:_TOKENS]
     if table < 0 or _starts(tokens) != list(starts):
         return None
-    strings = [token.decode("ascii", "replace") for token in tokens]
-    places = chain(_places_before(pages, table), _places_behind(pages, table, index_end))
-    for place in places:
-        names = _names(pages[place.names_at : table], strings, place.total)
-        if names is not None:
-            return Kallsyms(
-                place.base,
-                [
-                    Symbol(gva, name[:1], name[1:])
-                    for gva, name in zip(_addresses(pages, place), names, strict=True)
-                ],
-            )
-    return None
+    return [token.decode("ascii", "replace") for token in tokens], table, index_end
 
 
 def _aligned(offset: int) -> int:
@@ -161,14 +168,14 @@ def _base(pages: Pages, end_at: int) -> tuple[int | None, int]:
     """What may be relative_base, or None, and its place, if _BASE_END is at this offset."""
     base_at = end_at - len(_BASE_END)
     base = int.from_bytes(pages[max(0, base_at) : base_at + 8], "little")
-    sound = base_at >= 0 and base_at % _ALIGNMENT == 0 and base % _PAGE_BYTES == 0
+    sound = base_at >= 0 and base_at % _ALIGNMENT == 0 and base % IMAGE_ALIGNMENT == 0
     return (base if sound and base >= KERNEL_HALF else None), base_at
 
 
-def _names(data: bytes, tokens: list[str], count: int) -> list[str] | None:
-    """`count` names, each with its kind before it, if there are so many and then their markers."""
+def _names(data: bytes, tokens: list[str], total: int) -> list[str] | None:
+    """`total` names, each with its kind before it, if there are so many and then their markers."""
     names, markers, at = [], [], 0
-    for number in range(count):
+    for number in range(total):
         if number % _MARKER_STEP == 0:
             markers.append(at)
         if at + 1 >= len(data):

@@ -14,15 +14,28 @@ from functools import cached_property
 from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_sregs
 from pyvmm.linux import kallsyms
-from pyvmm.linux.kallsyms import KERNEL_HALF, Kallsyms
+from pyvmm.linux.kallsyms import IMAGE_ALIGNMENT, KERNEL_HALF, Kallsyms
 from pyvmm.memory import GuestMemory, MemorySlot, VirtualMemory
-from pyvmm.paging import CR0_PG, CR4_LA57, CR4_PAE, EFER_LME, EFER_NXE, TranslationFault
+from pyvmm.paging import (
+    CR0_PG,
+    CR4_LA57,
+    CR4_PAE,
+    EFER_LME,
+    EFER_NXE,
+    PagingMode,
+    PagingRegisters,
+    TranslationFault,
+    mappings,
+    paging_mode,
+)
 from pyvmm.symbols import Symbols
 
 _BANNER = re.compile(b"Linux version ")  # linux_banner begins with it
-_IMAGE_ALIGNMENT = 2 << 20  # MIN_KERNEL_ALIGN: of the image's first page, in both address spaces
 _PREF_ADDRESS = 0x258  # in boot_params: the GPA that the kernel is linked for
 _DEFAULT_PREF_ADDRESS = 16 << 20  # CONFIG_PHYSICAL_START, of nearly every kernel
+_KERNEL_MODES = (PagingMode.LEVEL4, PagingMode.LEVEL5)
+_MAX_RANGES = 64  # text, data, what is between; and then modules
+_QUICK_BYTES = 128 << 20
 _CODE = "tTwW"  # nm's letters for code
 
 
@@ -30,13 +43,44 @@ class LinuxError(Exception):
     """What is asked for cannot be found: a message of one line."""
 
 
-def find(memory: GuestMemory, cr4: int) -> Kernel:
-    """The Linux kernel in guest memory; `cr4` is a vCPU's.  Raises LinuxError if there is none."""
-    for slot in memory.slots:
-        table = kallsyms.find(slot.pages)
+def find(memory: GuestMemory, sregs: kvm_sregs) -> Kernel:
+    """The Linux kernel in guest memory; `sregs` are a vCPU's.  Raises LinuxError if there is none.
+
+    It is looked for where the vCPU's page tables have it, and then everywhere.
+    """
+    everywhere = [(slot, 0, slot.size) for slot in memory.slots]
+    for slot, begin, end in [*_mapped(memory, sregs), *everywhere]:
+        table = kallsyms.find(slot.pages, begin, end)
         if table is not None:
-            return Kernel(memory, slot, table, cr4)
+            return Kernel(memory, slot, table, sregs.cr4)
     raise LinuxError("no symbol table of a 64-bit Linux kernel in memory (not unpacked yet?)")
+
+
+def find_moved_base(memory: GuestMemory, sregs: kvm_sregs) -> int | None:
+    """Where the kernel begins, if that is not where nearly every kernel is linked for.
+
+    Only for who cannot wait: the rest of memory is not looked at.
+    """
+    for slot, begin, end in _mapped(memory, sregs):
+        base = kallsyms.find_base(slot.pages, begin, min(end, begin + _QUICK_BYTES))
+        if base is not None:
+            return base if base != KERNEL_HALF + _DEFAULT_PREF_ADDRESS else None
+    return None
+
+
+def _mapped(memory: GuestMemory, sregs: kvm_sregs) -> list[tuple[MemorySlot, int, int]]:
+    """What a vCPU's page tables map where the kernel is: parts of slots, by their offsets."""
+    registers = PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+    if paging_mode(sregs.cr0, sregs.cr4, sregs.efer) not in _KERNEL_MODES:
+        return []
+    found = mappings(memory.read, registers, start_gva=KERNEL_HALF, max_ranges=_MAX_RANGES)
+    parts = []
+    for mapping in found.ranges:
+        for slot in memory.slots:
+            begin, end = mapping.gpa - slot.gpa, mapping.gpa + mapping.length - slot.gpa
+            if begin < slot.size and end > 0:
+                parts.append((slot, max(0, begin), min(end, slot.size)))
+    return parts
 
 
 class Kernel:
@@ -67,7 +111,7 @@ class Kernel:
         offset = self.gva("linux_banner") - self.base
         for match in _BANNER.finditer(self._slot.pages):
             begin = match.start() - offset
-            if begin >= 0 and begin % _IMAGE_ALIGNMENT == 0:
+            if begin >= 0 and begin % IMAGE_ALIGNMENT == 0:
                 return self._slot.gpa + begin
         raise LinuxError("the kernel's banner is not in memory")
 
