@@ -178,7 +178,10 @@ class Breakpoints:
             )
         if len(self.watches) == 4:
             raise TargetError(errno.ENOSPC, "all four debug registers are in use")
-        self.watches.append(Watch(kind, gva, length, self._value(vcpu_id, gva, length)))
+        watch = Watch(kind, gva, length)
+        if kind is BreakpointKind.READ:  # the others are not asked whether it has changed
+            watch.value = self._value(vcpu_id, gva, length)
+        self.watches.append(watch)
         self.tell_all()
 
     def remove_hardware(self, kind: BreakpointKind, gva: int, length: int) -> None:

@@ -23,6 +23,9 @@ _GENERAL = {
         *("rip", "eflags"),
     )
 }
+# The fields of struct kvm_regs, all of 64 bits, under the debugger's names.
+_KVM_REGS = tuple(field[0].replace("rflags", "eflags") for field in kvm_regs._fields_)
+_KVM_REGS_STRUCT = struct.Struct(f"<{len(_KVM_REGS)}Q")
 _SELECTORS = ("cs", "ss", "ds", "es", "fs", "gs")
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 
@@ -35,11 +38,9 @@ _X87, _SSE, _AVX = 1, 2, 4  # bits of XSTATE_BV
 def read(vcpu: handles.VcpuHandle, banks: int) -> dict[str, Value]:
     """The registers of `banks` (of registers.Bank, added up) by name."""
     values: dict[str, Value] = {}
-    if banks & Bank.GENERAL:
-        regs = vcpu.get(kvm_regs)
-        for name, field in _GENERAL.items():
-            values[name] = getattr(regs, field)
-        values["eflags"] = regs.rflags & 0xFFFFFFFF
+    if banks & Bank.GENERAL:  # asked for at each stop: all in one go
+        registers = _KVM_REGS_STRUCT.unpack(vcpu.get_bytes(kvm_regs))
+        values.update(zip(_KVM_REGS, registers, strict=True))
     if banks & Bank.SYSTEM:
         sregs = vcpu.get(kvm_sregs)
         for name in _SELECTORS:

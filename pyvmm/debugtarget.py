@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from types import TracebackType
 
 from pyvmm import debugstate, paging, x86
 from pyvmm.errors import GuestMemoryError
@@ -44,17 +44,26 @@ _CANONICAL_HALF = 1 << 47
 _ALL_PERMISSIONS = paging.Permissions(writable=True, user=True, no_execute=False)
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
+class _Errors:
     """Whatever the layers below refuse becomes an error that the debugger is told."""
-    try:
-        yield
-    except VmError as error:
-        raise TargetError(error.errno or errno.EIO, error.message) from None
-    except OSError as error:
-        raise TargetError(error.errno or errno.EIO, error.strerror or str(error)) from None
-    except (GuestMemoryError, paging.TranslationFault) as error:
-        raise TargetError(errno.EFAULT, str(error)) from None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        if isinstance(error, VmError):
+            raise TargetError(error.errno or errno.EIO, error.message) from None
+        if isinstance(error, OSError):
+            raise TargetError(error.errno or errno.EIO, error.strerror or str(error)) from None
+        if isinstance(error, (GuestMemoryError, paging.TranslationFault)):
+            raise TargetError(errno.EFAULT, str(error)) from None
+
+
+_errors = _Errors()
 
 
 class MachineTarget:
@@ -143,7 +152,7 @@ class MachineTarget:
         known, values = self._registers.get(vcpu_id, (0, {}))
         missing = banks & ~known
         if missing:
-            with _errors():
+            with _errors:
                 values = values | debugstate.read(self.vm.state(vcpu_id), missing)
             self._registers[vcpu_id] = known | missing, values
         return values
@@ -156,7 +165,7 @@ class MachineTarget:
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         """See Target."""
         self._forget()
-        with _errors():
+        with _errors:
             debugstate.write(self.vm.state(vcpu_id), updates)
             if "rip" in updates:
                 self.vm.wake_halted(vcpu_id)
@@ -165,7 +174,7 @@ class MachineTarget:
         """Guest memory as a vCPU sees it."""
         view = self._views.get(vcpu_id)
         if view is None:
-            with _errors():
+            with _errors:
                 sregs = self.vm.state(vcpu_id).get(kvm_sregs)
             view = self._views[vcpu_id] = VirtualMemory(self.vm.memory, sregs)
         return view
@@ -199,13 +208,13 @@ class MachineTarget:
 
     def write_memory(self, vcpu_id: int, gva: int, data: bytes) -> None:
         """See Target."""
-        with _errors():
+        with _errors:
             pieces = list(self.view(vcpu_id).pieces(gva, len(data)))
             self._write_pieces(pieces, data)
 
     def write_physical(self, gpa: int, data: bytes) -> None:
         """See Target."""
-        with _errors():
+        with _errors:
             self._write_pieces([(gpa, len(data))], data)
 
     def _write_pieces(self, pieces: list[tuple[int, int]], data: bytes) -> None:
@@ -219,7 +228,7 @@ class MachineTarget:
 
     def memory_region(self, vcpu_id: int, gva: int) -> MemoryRegion:
         """See Target.  A region is what is mapped alike in a row, as far as there is RAM behind."""
-        with _errors():
+        with _errors:
             sregs = self.vm.state(vcpu_id).get(kvm_sregs)
         registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
         page = gva & ~0xFFF
@@ -252,7 +261,7 @@ class MachineTarget:
 
     def insert_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
         """See Target."""
-        with _errors():
+        with _errors:
             if kind is BreakpointKind.SOFTWARE:
                 self.run_control.breakpoints.insert_software(vcpu_id, gva)
             else:
@@ -260,7 +269,7 @@ class MachineTarget:
 
     def remove_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
         """See Target."""
-        with _errors():
+        with _errors:
             if kind is BreakpointKind.SOFTWARE:
                 self.run_control.breakpoints.remove_software(gva)
             else:
@@ -282,7 +291,7 @@ class MachineTarget:
             if user and not (host.step_user or host.step_user_delivered):
                 raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
         self._forget()
-        with _errors():
+        with _errors:
             self.run_control.resume(actions, newcomers_run)
 
     def interrupt(self) -> None:
@@ -304,7 +313,7 @@ class MachineTarget:
         """See Target."""
         from pyvmm import monitor
 
-        with _errors():
+        with _errors:
             return monitor.execute(self, command)
 
 

@@ -198,8 +198,10 @@ class VM(DebuggedSet):
         if on and capability is Capability.MTRAP_EXIT and not self.host.step:
             raise VmError(errno.ENOTSUP, "this host's KVM cannot single-step")
         with self._lock:
-            vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
             vcpu.step_range = range(0)
+            if on == (capability in vcpu.wanted):
+                return
+            vcpu.wanted = vcpu.wanted | {capability} if on else vcpu.wanted - {capability}
             self._changed(vcpu)
             if capability is Capability.MTRAP_EXIT and self.irqchip:
                 self._let_int3_exit()
@@ -295,14 +297,16 @@ class VM(DebuggedSet):
         if len(chosen) > 4:
             raise VmError(errno.ENOSPC, "x86 has four hardware breakpoints")
         with self._lock:
-            vcpu.breakpoints = chosen
-            self._changed(vcpu)
+            if chosen != vcpu.breakpoints:
+                vcpu.breakpoints = chosen
+                self._changed(vcpu)
 
     def _changed(self, vcpu: VcpuRecord) -> None:
         """KVM must be told before the next entry; only the vCPU's own thread can (lock held)."""
         vcpu.stale = True
         vcpu.update_attention()
-        self._kick(vcpu)
+        if not vcpu.asleep:  # else it looks when it wakes up
+            self._kick(vcpu)
 
     # --- registers and events ------------------------------------------------------------------
 
@@ -367,6 +371,7 @@ class VM(DebuggedSet):
         with self._lock:
             vcpu.nmi_wanted = True
             self._changed(vcpu)
+            vcpu.wake.notify_all()
 
     def _accessible(self, vcpu_id: int) -> VcpuRecord:
         """The record, if the caller may touch its registers now."""

@@ -222,6 +222,12 @@ class Layout:
                 pass
         return b"".join(row.encode(values) for row in self.registers)
 
+    def encode_first(self, values: Values) -> bytes:
+        """The registers of `first` as a stop reply tells them: `10:0000100000000000;`, ..."""
+        return b"".join(
+            b"%02x:%b;" % (number, self.registers[number].encode(values)) for number in self.first
+        )
+
     def decode(self, data: bytes, values: Values) -> dict[str, Value]:
         """What to write so that all registers read back as `data`: only what is not so already.
 

@@ -224,7 +224,10 @@ class RunControl:
                 self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, False)
 
     def _state(self, vcpu_id: int) -> VcpuState:
-        return self._states.setdefault(vcpu_id, VcpuState())
+        state = self._states.get(vcpu_id)
+        if state is None:
+            state = self._states[vcpu_id] = VcpuState()
+        return state
 
     # --- for the vCPUs' threads ------------------------------------------------------------------
 

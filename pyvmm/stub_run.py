@@ -164,22 +164,25 @@ def thread_stop(session: Session, args: bytes) -> bytes:
 
 def _stop_of_thread(session: Session, report: StopReport) -> bytes:
     """T SIGNAL and pairs `name:value;`: thread, reason, the registers that are read first."""
-    parts = [f"T{report.signal & 0xFF:02x}thread:{session.format_thread(report.vcpu_id)};"]
-    if report.kind in (StopKind.WATCH, StopKind.RWATCH, StopKind.AWATCH):
-        parts.append(f"{report.kind.value}:{report.gva:x};")
-    elif report.kind.value.encode() in session.announced:  # swbreak, hwbreak
-        parts.append(f"{report.kind.value}:;")
+    thread = session.format_thread(report.vcpu_id).encode()
+    reply = b"T%02xthread:%b;" % (report.signal & 0xFF, thread)
+    word = report.kind.value.encode()
+    if report.kind in _WATCH_KINDS:
+        reply += b"%b:%x;" % (word, report.gva)
+    elif word in session.announced:  # swbreak, hwbreak
+        reply += word + b":;"
     if session.list_threads:
         ids = map(session.format_thread, session.target.vcpu_ids())
-        parts.append(f"threads:{','.join(ids)};")
+        reply += b"threads:%b;" % ",".join(ids).encode()
     layout = session.layout
     try:
         values = session.target.read_registers(report.vcpu_id, layout.first_banks)
     except TargetError:
-        values = {}  # the stop must be told in any case; the debugger will ask for registers
-    for number in layout.first if values else ():
-        parts.append(f"{number:02x}:{layout.registers[number].encode(values).decode()};")
-    return "".join(parts).encode()
+        return reply  # the stop must be told in any case; the debugger will ask for registers
+    return reply + layout.encode_first(values)
+
+
+_WATCH_KINDS = (StopKind.WATCH, StopKind.RWATCH, StopKind.AWATCH)
 
 
 # ---- Breakpoints ----

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import NamedTuple
 
 from pyvmm.light import Protocol
 from pyvmm.registers import Architecture, Value, Values
@@ -54,8 +55,7 @@ class StopKind(Enum):
 SIGINT, SIGTRAP, SIGABRT, SIGSEGV = 2, 5, 6, 11  # the numbers are gdb's, not the host's
 
 
-@dataclass(frozen=True)
-class StopReport:
+class StopReport(NamedTuple):
     """One stop of the VM."""
 
     vcpu_id: int  # whose event it is; no meaning if EXITED or SIGNALLED
@@ -73,8 +73,7 @@ class ActionKind(Enum):
     RANGE_STEP = "r"  # instructions, until RIP is outside of [start, end)
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """An action for one vCPU. `signal` is what the user wants to be passed on; 0 is none."""
 
     kind: ActionKind

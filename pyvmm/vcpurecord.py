@@ -32,6 +32,8 @@ class Capability(Enum):
     MTRAP_EXIT = "single-step: each instruction leaves the guest"
     HLT_EXIT = "hlt leaves the guest"
 
+    __hash__ = object.__hash__  # Enum's own, of the name, is slow, and these are asked for often
+
 
 class Injection(Enum):
     """What the host adds to RIP when a #BP is injected, to make the saved RIP."""
