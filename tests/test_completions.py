@@ -10,6 +10,7 @@ import pytest
 
 from pyvmm import Machine, StopReason, completions, kvm, operands, x86
 from pyvmm.kvm import kvm_segment
+from pyvmm.lab import Lab, LabMode
 from pyvmm.x86 import CpuMode
 from tests.test_emulate import CODE, LONG, PROTECTED, REAL, Fixture
 
@@ -303,18 +304,34 @@ def test_an_xrstor_that_faults_is_left_alone() -> None:
 
 # --- on this host, by KVM or by pyvmm ------------------------------------------------------------
 
-CODE_OF_A_KERNEL = bytes.fromhex(
+ENABLE_AVX = bytes.fromhex(
     "0f20e0 480d00000400 0f22e0"  # mov rax, cr4; or rax, 0x40000; mov cr4, rax
     "31c9 31d2 b807000000 0f01d1"  # xor ecx, ecx; xor edx, edx; mov eax, 7; xsetbv
-    "bf00002000 480fae2f"  # mov edi, 0x200000; xrstor64 [rdi]
-    "9b f3480fb8d8 f4"  # fwait; popcnt rbx, rax; hlt
 )
+RESTORE = bytes.fromhex("bf00002000 480fae2f f4")  # mov edi, 0x200000; xrstor64 [rdi]; hlt
+
+
+@pytest.mark.kvm
+def test_a_kernel_waits_for_the_x87_and_counts_ones(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.bin"
+    path.write_bytes(bytes.fromhex("b807000000 9b f3480fb8d8 f4"))  # popcnt rbx, rax
+    with Machine(path) as machine:
+        assert machine.run(timeout=30).reason is StopReason.HALTED
+        assert machine.registers()["rbx"] == 3
+
+
+def keeps_xcr0() -> bool:
+    """Whether KVM knows what the guest has done; QEMU's SVM does not tell it of xsetbv."""
+    with Lab(LabMode.LONG, ENABLE_AVX) as lab:
+        return lab.run() == kvm.KVM_EXIT_HLT and lab.cpu.get(kvm.kvm_xcrs).xcrs[0].value == 7
 
 
 @pytest.mark.kvm
 def test_a_kernel_has_in_its_registers_what_it_has_restored(tmp_path: Path) -> None:
+    if not keeps_xcr0():
+        pytest.skip("host probe: guests have no AVX here, or lose XCR0 at the next exit")
     path = tmp_path / "kernel.bin"
-    path.write_bytes(CODE_OF_A_KERNEL)
+    path.write_bytes(ENABLE_AVX + RESTORE)
     rng = random.Random(7)
     area = bytearray(832)
     struct.pack_into("<HHB", area, 0, 0x37F, 0, 0xFF)  # FCW, FSW, FTW: all registers in use
@@ -327,7 +344,6 @@ def test_a_kernel_has_in_its_registers_what_it_has_restored(tmp_path: Path) -> N
     with Machine(path) as machine:
         machine.write_memory(0x20_0000, bytes(area), physical=True)
         assert machine.run(timeout=30).reason is StopReason.HALTED
-        assert machine.registers()["rbx"] == 3
         saved = bytes(machine.vm.state(0).get(kvm.kvm_xsave))
     assert saved[0:5] == area[0:5]
     assert saved[24:28] == area[24:28]
