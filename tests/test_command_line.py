@@ -30,7 +30,7 @@ pytestmark = pytest.mark.process
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 COMMAND = (sys.executable, "-m", "pyvmm")
-PATIENCE = 10  # seconds: never reached unless there is a bug
+PATIENCE = 50  # seconds: never reached unless there is a bug
 
 # Guests of a few bytes, 64-bit code.
 PRINT_FOREVER = bytes.fromhex("66baf803 b078 ee ebfd")  # mov dx,COM1; mov al,'x'; 1: out; jmp 1b
