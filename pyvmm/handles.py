@@ -12,7 +12,7 @@ import errno
 import functools
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ctypes import c_uint8, c_uint32
 
 from pyvmm import kvm
@@ -197,11 +197,12 @@ class VmHandle(Handle):
 
 
 @functools.lru_cache(maxsize=64)  # a debugger steps with the same ones thousands of times
-def _guest_debug(control: int, debugreg: tuple[int, ...]) -> kvm.kvm_guest_debug:
+def _guest_debug(fd: int, control: int, debugreg: tuple[int, ...]) -> Callable[[], int]:
+    """KVM_SET_GUEST_DEBUG as a call without arguments: 0, or -1 when the kernel refuses."""
     debug = kvm.kvm_guest_debug(control)
     for number, value in enumerate(debugreg):
         debug.debugreg[number] = value
-    return debug
+    return functools.partial(kvm.ioctl_of_ints, fd, kvm.KVM_SET_GUEST_DEBUG, ctypes.byref(debug))
 
 
 class VcpuHandle(Handle):
@@ -290,4 +291,5 @@ class VcpuHandle(Handle):
 
     def set_guest_debug(self, control: int, debugreg: Iterable[int] = ()) -> None:
         """KVM_SET_GUEST_DEBUG with KVM_GUESTDBG_* flags and DR0..DR7 (DR4, DR5 unused)."""
-        self.ioctl(kvm.KVM_SET_GUEST_DEBUG, _guest_debug(control, tuple(debugreg)))
+        if _guest_debug(self.fd, control, tuple(debugreg))() < 0:
+            raise kvm.failure(kvm.KVM_SET_GUEST_DEBUG)

@@ -308,7 +308,8 @@ def _enter_until_progress(
         # Armed each time anew: an instruction that loads RFLAGS clears the flag KVM has set there.
         vcpu.set_guest_debug(step=True, int3=int3)
         vcpu.handle.leave_registers(True)
-        if not kvm.run(vcpu.fd):
+        if vcpu.enter() != 0:
+            kvm.check_interrupted()
             vcpu.last_exit = None
             vm.take_kick(vcpu)
             return False
