@@ -19,6 +19,8 @@ from pyvmm.devices.virtio_blk import VirtioBlk
 from pyvmm.devices.virtio_console import VirtioConsole
 from pyvmm.devices.virtio_rng import VirtioRng
 from pyvmm.disk import Disk
+from pyvmm.linux.printk import read_log
+from pyvmm.names import KALLSYMS, Names
 from pyvmm.testing import Guest
 from tests.hosts import linux, packages
 from tests.support import requires
@@ -145,3 +147,22 @@ def test_a_panic_is_a_crash_if_the_kernel_restarts_by_a_triple_fault(folder: Pat
         stop = guest.wait(BOOT)
         assert (stop.reason, stop.status) == (StopReason.CRASHED, 6)
         assert "Kernel panic - not syncing: Attempted to kill init!" in guest.output
+
+
+def test_the_kernels_symbols_and_log_are_read_from_its_memory(folder: Path) -> None:
+    with boot(folder) as guest:
+        wait_for_shell(guest, "rootfs")
+        symbols = run(guest, "grep -E ' (_text|start_kernel|do_idle|prb)$' /proc/kallsyms")
+        log = run(guest, "dmesg | head -n 20")
+        vm = guest.machine.vm
+        names = Names(vm, None)
+        kernel = names.kernel()
+        assert len(symbols.splitlines()) == 4
+        for line in symbols.splitlines():
+            gva, _, name = line.split()
+            assert kernel.gva(name) == int(gva, 16), line
+        assert [str(record) for record in read_log(kernel)[:20]] == log.splitlines()
+        assert names.moved_base() in (kernel.base, None)
+        *where, source = names.where()
+        assert len(where) == 1 and " at " in where[0]
+        assert source == f"names: {KALLSYMS}"
