@@ -14,6 +14,7 @@ is trapped too, and the delivery is undone.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 
@@ -36,6 +37,15 @@ class _Handler(NamedTuple):
     gpa: int
 
 
+class _Trap(NamedTuple):
+    """Where a trap goes: byte `offset` of a slot's `pages`, at these addresses of the guest's."""
+
+    gva: int
+    gpa: int
+    pages: mmap.mmap
+    offset: int
+
+
 class StepTraps:
     """The traps of one VM.  Planted and removed by the vCPU that steps."""
 
@@ -44,7 +54,8 @@ class StepTraps:
         self._key: object = None  # what _handlers was made from: IDT contents and paging
         self._handlers: list[_Handler] = []
         self._gvas: frozenset[int] = frozenset()  # of _handlers
-        self._planted: dict[int, int] = {}  # GPA -> the guest's byte
+        self._traps: list[_Trap] = []  # of _handlers: one for each GPA
+        self._planted: dict[int, tuple[mmap.mmap, int, int]] = {}  # by GPA; and the guest's byte
         self._trap_byte = HLT
         # A gate that we made: GPA of the IDT entry, what was in it, the trap it leads to.
         self._lent: tuple[int, bytes, _Handler] | None = None
@@ -55,17 +66,17 @@ class StepTraps:
         `lend_db_gate`: a guest without a handler for #DB gets a gate for this step.
         """
         self._trap_byte = trap
-        for handler in self._find_handlers(cpu):
-            if 0 <= handler.gva - start < _MAX_INSTRUCTION or handler.gpa in self._planted:
-                continue
-            self._trap(handler.gpa)
+        planted = self._planted
+        for gva, gpa, pages, offset in self._find_traps(cpu):
+            if not 0 <= gva - start < _MAX_INSTRUCTION:
+                planted[gpa] = pages, offset, pages[offset]
+                pages[offset] = trap
         if lend_db_gate and all(h.vector != x86.VECTOR_DB for h in self._handlers):
             self._lend_db_gate(cpu)
 
-    def _trap(self, gpa: int) -> None:
-        slot = self._memory.find(gpa)
-        self._planted[gpa] = slot.pages[gpa - slot.gpa]
-        slot.pages[gpa - slot.gpa] = self._trap_byte
+    def _place(self, handler: _Handler) -> _Trap:
+        slot = self._memory.find(handler.gpa)
+        return _Trap(handler.gva, handler.gpa, slot.pages, handler.gpa - slot.gpa)
 
     def _lend_db_gate(self, cpu: Cpu) -> None:
         """Make a gate for vector 1, a copy of another one.
@@ -85,18 +96,19 @@ class StepTraps:
         gpa = VirtualMemory(self._memory, cpu.sregs).translate(at)
         self._lent = gpa, self._memory.read(gpa, size), trap
         self._memory.write(gpa, gate)
-        self._trap(trap.gpa)
+        _, gpa, pages, offset = self._place(trap)
+        self._planted[gpa] = pages, offset, pages[offset]
+        pages[offset] = self._trap_byte
 
     def remove(self) -> None:
         """Put the guest's bytes back."""
         if self._lent is not None:
             self._memory.write(*self._lent[:2])
             self._lent = None
-        for gpa, byte in self._planted.items():
-            slot = self._memory.find(gpa)
+        for pages, offset, byte in self._planted.values():
             # Not if the guest has written there: then its byte is the newer one.
-            if slot.pages[gpa - slot.gpa] == self._trap_byte:
-                slot.pages[gpa - slot.gpa] = byte
+            if pages[offset] == self._trap_byte:
+                pages[offset] = byte
         self._planted.clear()
 
     @property
@@ -124,8 +136,8 @@ class StepTraps:
                 return []
         return vectors
 
-    def _find_handlers(self, cpu: Cpu) -> list[_Handler]:
-        """The handlers that the IDT names now; found anew when it or the paging changes."""
+    def _find_traps(self, cpu: Cpu) -> list[_Trap]:
+        """Traps for the handlers that the IDT names now; found anew when it or paging changes."""
         sregs = cpu.sregs
         limit = sregs.idt.limit
         if limit < _SMALLEST_ENTRY - 1:
@@ -149,7 +161,8 @@ class StepTraps:
                 h for h in _handlers(cpu, virtual, idt, self._memory) if h.gva not in table
             ]
             self._gvas = frozenset(handler.gva for handler in self._handlers)
-        return self._handlers
+            self._traps = list({h.gpa: self._place(h) for h in self._handlers}.values())
+        return self._traps
 
 
 def _entry_size(cpu: Cpu) -> int:
