@@ -203,6 +203,8 @@ class Layout:
             self.first_banks |= self.registers[number].bank
         self._struct = struct.Struct("<" + "".join(_FORMAT[row.bits] for row in self.registers))
         self._get_all = itemgetter(*(row.source for row in self.registers)) if wide else None
+        self._get_first = itemgetter("rip", "rsp", "rbp") if wide else None
+        self._first_text = b"".join(b"%02x:%%b;" % number for number in self.first)
 
     @property
     def size(self) -> int:
@@ -224,9 +226,13 @@ class Layout:
 
     def encode_first(self, values: Values) -> bytes:
         """The registers of `first` as a stop reply tells them: `10:0000100000000000;`, ..."""
-        return b"".join(
-            b"%02x:%b;" % (number, self.registers[number].encode(values)) for number in self.first
-        )
+        if self._get_first:  # as above
+            try:
+                pc, stack, frame = map(_U64.pack, self._get_first(values))
+                return self._first_text % (hexlify(pc), hexlify(stack), hexlify(frame))
+            except KeyError:
+                pass
+        return self._first_text % tuple(self.registers[n].encode(values) for n in self.first)
 
     def decode(self, data: bytes, values: Values) -> dict[str, Value]:
         """What to write so that all registers read back as `data`: only what is not so already.
@@ -248,6 +254,7 @@ class Layout:
         return updates
 
 
+_U64 = struct.Struct("<Q")
 _FORMAT = {32: "I", 64: "Q", 80: "10s", 128: "16s"}
 
 

@@ -48,6 +48,8 @@ class Phase(Enum):
     DETACHED = "the debugger has detached"
     ENDED = "the VM has ended"
 
+    __hash__ = object.__hash__  # Enum's own, of the name, is slow
+
 
 _NEXT = {
     Phase.STOPPED: {Phase.RUNNING, Phase.DETACHED, Phase.ENDED},
