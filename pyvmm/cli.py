@@ -441,9 +441,9 @@ def _run_until_signal(
     previous = {n: signal.signal(n, on_signal) for n in wanted}
     previous_fd = signal.set_wakeup_fd(machine.wakeup_fd, warn_on_full_buffer=False)
     try:
-        # A shell in a Linux guest wants ^C and its like.
-        all_keys = escape is not None and machine.image.is_linux
-        with RawTerminal(0 if input_is_ours else -1, all_keys=all_keys):
+        # Linux has a terminal driver of its own, and a shell there wants ^C and its like.
+        raw = escape is not None and machine.image.is_linux
+        with RawTerminal(0 if input_is_ours else -1, raw=raw):
             if console is not None and os.isatty(1):
                 machine.on_look(_WindowSize(console))
             if input_is_ours and sys.stdin is not None:

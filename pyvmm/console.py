@@ -99,9 +99,9 @@ class EscapeKeys:
 
     _ROOM = 4096  # bytes that wait for the guest
     _HELP = (
-        b"\nCtrl-A x        end the VM and leave\n"
-        b"Ctrl-A Ctrl-A   send Ctrl-A to the guest\n"
-        b"Ctrl-A h        this help\n"
+        b"\r\nCtrl-A x        end the VM and leave\r\n"
+        b"Ctrl-A Ctrl-A   send Ctrl-A to the guest\r\n"
+        b"Ctrl-A h        this help\r\n"
     )
 
     def __init__(self, leave: Callable[[], None], show: Callable[[bytes], None]) -> None:
@@ -143,13 +143,13 @@ _CONTROL_A = 1
 class RawTerminal:
     """While open, keystrokes come one by one and are not echoed; ^C still interrupts.
 
-    With `all_keys` it does not, and no other key has a meaning for the terminal.
+    With `raw` it does not: keys and output are as the guest's own terminal driver wants them.
     A context manager that always restores the terminal.  Does nothing where `fd` is no terminal,
     or where we are in the background: changing a terminal from there would stop the process.
     """
 
-    def __init__(self, fd: int, *, all_keys: bool = False) -> None:
-        self._fd, self._all_keys = fd, all_keys
+    def __init__(self, fd: int, *, raw: bool = False) -> None:
+        self._fd, self._raw = fd, raw
         self._saved: list[object] | None = None
 
     def __enter__(self) -> RawTerminal:
@@ -158,12 +158,8 @@ class RawTerminal:
             import tty
 
             self._saved = termios.tcgetattr(self._fd)
-            tty.setcbreak(self._fd, termios.TCSADRAIN)
-            if self._all_keys:
-                mode = termios.tcgetattr(self._fd)
-                mode[0] &= ~termios.IXON
-                mode[3] &= ~(termios.ISIG | termios.IEXTEN)
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, mode)
+            change = tty.setraw if self._raw else tty.setcbreak
+            change(self._fd, termios.TCSADRAIN)
         return self
 
     def __exit__(
