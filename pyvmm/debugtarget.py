@@ -86,7 +86,7 @@ class MachineTarget:
         self._views: dict[int, VirtualMemory] = {}
         self._registers: dict[int, tuple[int, dict[str, Value]]] = {}
         machine.on_reset(self._forget)
-        self.names = Names(self.vm, self._symbols)
+        self.names = Names(self.vm, self._symbols, is_linux=machine.image.is_linux)
         machine.on_reset(self.names.forget_kernel)
         self.last_error = ""  # why the last packet was refused, for `monitor`
 
@@ -137,7 +137,7 @@ class MachineTarget:
 
     def moved_base(self) -> int | None:
         """See Target."""
-        return self.names.moved_base() if self.machine.image.is_linux else None
+        return self.names.moved_base()
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         """Where there can ever be memory: RAM, and nothing else, at any virtual address."""

@@ -10,7 +10,6 @@ from pyvmm.hypervisor import VM
 from pyvmm.kvm import kvm_sregs
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.symbols import Symbols, elf_bits, where
-from pyvmm.x86 import EFER_LMA
 
 if TYPE_CHECKING:
     from pyvmm.linux.kernel import Kernel
@@ -21,9 +20,12 @@ KALLSYMS = "the kernel's own symbol table (kallsyms)"
 class Names:
     """The names of one VM's code, to be asked for while no vCPU runs."""
 
-    def __init__(self, vm: VM, image: str | None) -> None:
-        """`image` is the path of the ELF file that the guest was loaded from, if it was."""
-        self._vm, self._image = vm, image
+    def __init__(self, vm: VM, image: str | None, *, is_linux: bool) -> None:
+        """`image` is the path of the ELF file that the guest was loaded from, if it was.
+
+        In a guest that is not Linux no kernel's table is looked for unless kernel() is called.
+        """
+        self._vm, self._image, self._is_linux = vm, image, is_linux
         self._from_file: Symbols | None = None
         self._path = ""  # of that file
         self._kernel: Kernel | None = None
@@ -50,7 +52,7 @@ class Names:
         """Where a Linux kernel begins that has moved itself; None if that is not found at once."""
         from pyvmm.linux.kernel import find_moved_base
 
-        return find_moved_base(self._vm.memory, self._sregs())
+        return find_moved_base(self._vm.memory, self._sregs()) if self._is_linux else None
 
     def where(self) -> list[str]:
         """Where each vCPU is, as lines, and whose names these are.
@@ -69,7 +71,7 @@ class Names:
             self.load(self._image)
         if self._from_file:
             return self._from_file, self._path
-        if self._from_kernel is None and self._sregs().efer & EFER_LMA:
+        if self._from_kernel is None and (self._is_linux or self._kernel):
             self._from_kernel = self._kernel_symbols()
         if self._from_kernel is not None:
             return self._from_kernel, KALLSYMS

@@ -150,12 +150,12 @@ def test_a_panic_is_a_crash_if_the_kernel_restarts_by_a_triple_fault(folder: Pat
 
 
 def test_the_kernels_symbols_and_log_are_read_from_its_memory(folder: Path) -> None:
-    with boot(folder) as guest:
+    with boot(folder, cpus=2) as guest:
         wait_for_shell(guest, "rootfs")
         symbols = run(guest, "grep -E ' (_text|start_kernel|do_idle|prb)$' /proc/kallsyms")
         log = run(guest, "dmesg | head -n 20")
         vm = guest.machine.vm
-        names = Names(vm, None)
+        names = Names(vm, None, is_linux=True)
         kernel = names.kernel()
         assert len(symbols.splitlines()) == 4
         for line in symbols.splitlines():
@@ -164,5 +164,6 @@ def test_the_kernels_symbols_and_log_are_read_from_its_memory(folder: Path) -> N
         assert [str(record) for record in read_log(kernel)[:20]] == log.splitlines()
         assert names.moved_base() in (kernel.base, None)
         *where, source = names.where()
-        assert len(where) == 1 and " at " in where[0]
+        assert [line.split(":")[0] for line in where] == ["vCPU 0", "vCPU 1"]
+        assert all(" at " in line for line in where)
         assert source == f"names: {KALLSYMS}"

@@ -23,7 +23,7 @@ MOVED = 0x1460_0000
 START_KERNEL = LINK_BASE + MOVED + 0x1000
 
 
-def with_kernel(offset: int = MOVED, messages: int = 3) -> Debuggee:
+def with_kernel(offset: int = MOVED, messages: int = 3, kind: str = "Linux") -> Debuggee:
     """A Linux guest in which a kernel lies, which has moved itself by `offset`."""
 
     def prepare(machine: Machine) -> None:
@@ -35,7 +35,7 @@ def with_kernel(offset: int = MOVED, messages: int = 3) -> Debuggee:
         end = KERNEL_GPA + (2 << 20)
         machine.vm.memory.write(KERNEL_GPA, ram.pages[KERNEL_GPA:end])
 
-    return Debuggee(flat_image(RESET)._replace(kind="Linux"), prepare=prepare)
+    return Debuggee(flat_image(RESET)._replace(kind=kind), prepare=prepare)
 
 
 def use_kernels_page_tables(debuggee: Debuggee) -> None:
@@ -109,6 +109,16 @@ def test_after_a_reset_the_kernel_is_looked_for_anew() -> None:
         client.break_in()
         assert "no symbol table of a 64-bit Linux kernel" in client.monitor("kaslr")
         assert "names: none" in client.monitor("where")
+
+
+def test_in_another_guest_a_kernel_is_looked_for_only_when_it_is_asked_for() -> None:
+    with with_kernel(kind="test") as debuggee, debuggee.connect() as client:
+        use_kernels_page_tables(debuggee)
+        client.set_register(RIP, START_KERNEL)
+        assert client.ask("qOffsets") == b""
+        assert "names: none" in client.monitor("where")
+        assert "moved by" in client.monitor("kaslr")
+        assert "at start_kernel" in client.monitor("where")
 
 
 def test_a_damaged_kernel_is_one_line(client: RspClient) -> None:

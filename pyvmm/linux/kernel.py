@@ -34,7 +34,7 @@ _BANNER = re.compile(b"Linux version ")  # linux_banner begins with it
 _PREF_ADDRESS = 0x258  # in boot_params: the GPA that the kernel is linked for
 _DEFAULT_PREF_ADDRESS = 16 << 20  # CONFIG_PHYSICAL_START, of nearly every kernel
 _KERNEL_MODES = (PagingMode.LEVEL4, PagingMode.LEVEL5)
-_MAX_RANGES = 64  # text, data, what is between; and then modules
+_MAX_RANGES, _MAX_ENTRIES = 64, 1 << 16  # text, data, what is between; and then modules
 _QUICK_BYTES = 128 << 20
 _CODE = "tTwW"  # nm's letters for code
 
@@ -61,8 +61,11 @@ def find_moved_base(memory: GuestMemory, sregs: kvm_sregs) -> int | None:
 
     Only for who cannot wait: the rest of memory is not looked at.
     """
+    left = _QUICK_BYTES
     for slot, begin, end in _mapped(memory, sregs):
-        base = kallsyms.find_base(slot.pages, begin, min(end, begin + _QUICK_BYTES))
+        end = min(end, begin + left)
+        left -= end - begin
+        base = kallsyms.find_base(slot.pages, begin, end)
         if base is not None:
             return base if base != KERNEL_HALF + _DEFAULT_PREF_ADDRESS else None
     return None
@@ -73,7 +76,13 @@ def _mapped(memory: GuestMemory, sregs: kvm_sregs) -> list[tuple[MemorySlot, int
     registers = PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
     if paging_mode(sregs.cr0, sregs.cr4, sregs.efer) not in _KERNEL_MODES:
         return []
-    found = mappings(memory.read, registers, start_gva=KERNEL_HALF, max_ranges=_MAX_RANGES)
+    found = mappings(
+        memory.read,
+        registers,
+        start_gva=KERNEL_HALF,
+        max_ranges=_MAX_RANGES,
+        max_entries=_MAX_ENTRIES,
+    )
     parts = []
     for mapping in found.ranges:
         for slot in memory.slots:
