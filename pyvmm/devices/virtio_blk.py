@@ -102,9 +102,11 @@ class VirtioBlk(VirtioDevice):
     def _request(self, chain: Chain) -> int:
         """Do one; returns how many bytes were written, from the first on."""
         header, data_out = split(chain.readable, _HEADER.size)
-        data_in, status = split(chain.writable, total(chain.writable) - 1)
-        if total(header) < _HEADER.size or not status:
+        if total(header) < _HEADER.size or not chain.writable:
             raise QueueError("a request without a header or a status")
+        *data_in, last = chain.writable
+        if len(last) > 1:
+            data_in.append(last[:-1])
         kind, _, sector = _HEADER.unpack(b"".join(header))
         written, result = 0, VIRTIO_BLK_S_OK
         try:
@@ -113,7 +115,7 @@ class VirtioBlk(VirtioDevice):
             result = VIRTIO_BLK_S_IOERR
         except _Unsupported:
             result = VIRTIO_BLK_S_UNSUPP
-        fill(status, bytes((result,)))
+        last[-1] = result
         return written + 1 if written == total(data_in) else written
 
     # --- one function for each kind of request ---------------------------------------------------
