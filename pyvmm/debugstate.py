@@ -8,6 +8,7 @@ Used only while the vCPU is parked.
 from __future__ import annotations
 
 import errno
+import functools
 import struct
 from collections.abc import Callable, Mapping
 
@@ -56,7 +57,8 @@ def read(vcpu: handles.VcpuHandle, banks: int) -> dict[str, Value]:
     return values
 
 
-def _read_xsave(area: bytes) -> dict[str, Value]:
+@functools.lru_cache(maxsize=64)  # one for each vCPU: it seldom changes from one stop to the next
+def _read_xsave(area: bytes) -> Mapping[str, Value]:
     fcw, fsw, ftw, fop, fip, fcs, fdp, fds, mxcsr = _LEGACY.unpack_from(area)
     st = tuple(area[_X87_AT + 16 * n : _X87_AT + 16 * n + 10] for n in range(8))
     values: dict[str, Value] = {f"st{n}": st[n] for n in range(8)}
