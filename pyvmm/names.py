@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyvmm.linux.kernel import Kernel
 
 KALLSYMS = "the kernel's own symbol table (kallsyms)"
+_ONE_FUNCTION = "start_kernel"  # which every kernel has once
 
 
 class Names:
@@ -70,12 +71,24 @@ class Names:
         if self._from_file is None and self._image is not None:
             self.load(self._image)
         if self._from_file:
-            return self._from_file, self._path
+            return self._as_it_runs(self._from_file), self._path
         if self._from_kernel is None and (self._is_linux or self._kernel):
             self._from_kernel = self._kernel_symbols()
         if self._from_kernel is not None:
             return self._from_kernel, KALLSYMS
         return Symbols(()), "none (`monitor symbols FILE` takes them from a file)"
+
+    def _as_it_runs(self, symbols: Symbols) -> Symbols:
+        """A file's names where they are in a Linux kernel that has moved itself."""
+        from pyvmm.linux.kernel import LinuxError
+
+        linked = symbols.gva(_ONE_FUNCTION)
+        if not self._is_linux or linked is None:
+            return symbols
+        try:
+            return symbols.moved(self.kernel().gva(_ONE_FUNCTION) - linked)
+        except LinuxError:
+            return symbols
 
     def _kernel_symbols(self) -> Symbols | None:
         from pyvmm.linux.kernel import LinuxError

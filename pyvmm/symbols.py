@@ -70,6 +70,15 @@ class Symbols:
         with open(path, encoding="utf-8", errors="replace") as file:
             return cls(_places_in_map(os.fspath(path), file))
 
+    def gva(self, name: str) -> int | None:
+        """Where the code with this name begins; None if there is none."""
+        return self._gvas[self._names.index(name)] if name in self._names else None
+
+    def moved(self, distance: int) -> Symbols:
+        """The same names, so many bytes higher."""
+        gvas = [gva + distance for gva in self._gvas]
+        return Symbols(zip(gvas, self._names, strict=True))
+
     def name(self, gva: int) -> str | None:
         """`function` or `function+0x12`; None outside of all code that has names."""
         index = bisect_right(self._gvas, gva) - 1

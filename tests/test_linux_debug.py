@@ -93,10 +93,20 @@ def test_before_the_first_message_dmesg_says_so() -> None:
 
 
 def test_a_file_that_the_user_names_goes_before(client: RspClient, tmp_path: Path) -> None:
-    (tmp_path / "System.map").write_text(f"{START_KERNEL:x} T mine\n")
+    path = tmp_path / "System.map"
+    path.write_text(f"{START_KERNEL:x} T mine\n")
     client.set_register(RIP, START_KERNEL + 1)
-    answer = client.monitor(f"symbols {tmp_path}/System.map")
-    assert answer == f"vCPU 0: at mine+0x1\nnames: {tmp_path}/System.map\n"
+    assert client.monitor(f"symbols {path}") == f"vCPU 0: at mine+0x1\nnames: {path}\n"
+
+
+@pytest.mark.parametrize("start_kernel", [START_KERNEL - MOVED, START_KERNEL])
+def test_a_file_of_a_kernel_that_has_moved_fits_as_it_was_linked_and_as_it_runs(
+    client: RspClient, tmp_path: Path, start_kernel: int
+) -> None:
+    path = tmp_path / "System.map"
+    path.write_text(f"{start_kernel:x} T start_kernel\n{start_kernel + 16:x} T mine\n")
+    client.set_register(RIP, START_KERNEL + 18)
+    assert client.monitor(f"symbols {path}") == f"vCPU 0: at mine+0x2\nnames: {path}\n"
 
 
 def test_after_a_reset_the_kernel_is_looked_for_anew() -> None:

@@ -148,6 +148,14 @@ def test_names_are_text_whatever_the_bytes_are(path: Path) -> None:
     assert Symbols.from_elf(path).name(CODE) == "m\ufffd\nn"
 
 
+def test_names_can_be_moved_and_asked_for_their_address() -> None:
+    symbols = Symbols([(0x100, "f"), (0x200, ""), (0x300, "g")])
+    assert (symbols.gva("g"), symbols.gva("h")) == (0x300, None)
+    moved = symbols.moved(0x1000)
+    assert [moved.name(gva) for gva in (0x101, 0x1101, 0x1200)] == [None, "f+0x1", None]
+    assert symbols and not Symbols([(0x100, "")])
+
+
 @pytest.mark.parametrize(
     ("guest", "entry"),
     [("hello", 0x10_0000), ("hello32", 0x10_0000), ("hello16", 0x7C00), ("loops", 0x10_0000)],
