@@ -12,6 +12,8 @@ import pytest
 
 from pyvmm.kvm import kvm_sregs
 from pyvmm.machine import Machine
+from tests.conftest import GUESTS
+from tests.gdb_client import gdb_batch, needs_gdb
 from tests.linux_memory import DIRECT_MAP, KERNEL_GPA, LINK_BASE, LOG, PAGE_TABLES, PRB, Ram
 from tests.rsp_client import RIP, Debuggee, RspClient, flat_image
 from tests.test_printk import Log
@@ -71,6 +73,22 @@ def test_gdb_is_told_when_it_connects() -> None:
         assert client.ask("qOffsets") == b"", "its page tables do not have it yet"
         use_kernels_page_tables(debuggee)
         assert client.ask("qOffsets") == b"TextSeg=ffffffff95600000"
+
+
+@pytest.mark.process
+@needs_gdb
+def test_gdb_itself_moves_the_file_that_it_was_given() -> None:
+    with with_kernel() as debuggee:
+        use_kernels_page_tables(debuggee)
+        text = gdb_batch(
+            None,
+            "set architecture i386:x86-64",
+            f"file {GUESTS}/loops.elf",
+            f"target remote {debuggee.server.address}",
+            "info address _start",
+        )
+    # The file's first segment is linked for 0x100000, where _start is.
+    assert f'Symbol "_start" is at {LINK_BASE + MOVED:#x} ' in text, text
 
 
 def test_a_kernel_that_has_not_moved_needs_nothing() -> None:
