@@ -10,7 +10,9 @@ pair.  docs/benchmarks.md says what the measures mean.
     processes.py  processes that are measured from their start
     stubs.py      pyvmm and QEMU as processes with a debugger's port, the same guest in both
     rspclient.py  the debugger that asks them
-    floor.py      compiles and runs floor.c, what the kernel alone costs
+    virtio.c      one that a compiler makes: it keeps a disk or a console busy
+    gcc.py        compiles that and floor.c
+    floor.py      runs floor.c: what the kernel alone costs
     bare.py       the same in Python, and echo.py a debug server: what the interpreter adds
     report.py     results as a table, as Markdown and as JSON
     chart.py      and as a picture

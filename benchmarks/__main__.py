@@ -31,7 +31,7 @@ def main() -> int:
     host = report.host()  # before: the load is to be that of others
     results, failed = [], False
     with tempfile.TemporaryDirectory(prefix="pyvmm-benchmarks-") as folder:
-        context = Context(Path(folder), arguments.quick)
+        context = Context(Path(folder), arguments.quick, arguments.kernel, arguments.initrd)
         for measure in arguments.only:
             print(f"{measure.name} ...", file=sys.stderr, flush=True)
             try:
@@ -81,6 +81,14 @@ def _arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="a smoke test of a minute, not figures to quote"
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"samples of each ({ROUNDS})")
+    parser.add_argument(
+        "--kernel", type=existing_file, metavar="FILE",
+        help="the Linux to boot (else the latest in /boot)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--initrd", type=existing_file, metavar="FILE",
+        help="its initrd, which is to end at a root's shell",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios into FILE")
     parser.add_argument(
@@ -105,6 +113,14 @@ def named(text: str) -> tuple[Measure, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"no measure {', '.join(sorted(unknown))}")
     return tuple(measure for measure in MEASURES if measure.name in names)
+
+
+def existing_file(text: str) -> Path:
+    """The file, by an absolute path: the processes that are measured are started elsewhere."""
+    path = Path(text).absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"no file {text}")
+    return path
 
 
 def _positive(text: str) -> int:

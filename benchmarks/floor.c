@@ -12,6 +12,8 @@
  *     floor kick GUEST COUNT    microseconds from a kick to the vCPU's answer, one a line
  *     floor cycles GUEST COUNT  seconds for so many suspend and resume cycles
  *     floor steps GUEST COUNT   seconds and CPU seconds for so many single-steps
+ *     floor sequential FILE COUNT  seconds and CPU seconds for so many reads of a disk's file,
+ *     floor random FILE COUNT      of SEQUENTIAL and of RANDOM bytes
  *     floor start GUEST         the guest's COM1 and debug console output, then the end
  */
 #define _GNU_SOURCE
@@ -308,6 +310,24 @@ static void measure_kicks(int count, int one_by_one)
     pthread_join(vcpus[0].thread, NULL);
 }
 
+/* --- a disk: what a virtio device does with its file ------------------------------------------ */
+
+static void measure_reads(const char *file, int count, size_t bytes, int at_random)
+{
+    static char data[16][SEQUENTIAL] __attribute__((aligned(4096))); /* as many as virtio.c has */
+    int fd = open(file, O_RDONLY | O_CLOEXEC);
+    check(fd, file);
+    off_t size = lseek(fd, 0, SEEK_END), at = 0;
+    uint32_t random = 1;
+    double wall = now(CLOCK_MONOTONIC), cpu = now(CLOCK_THREAD_CPUTIME_ID);
+    for (int n = 0; n < count; n++) {
+        check(pread(fd, data[n % 16], bytes, at), file);
+        random = random * 1664525 + 1013904223;
+        at = at_random ? (off_t)((random * (size / bytes)) >> 32) * bytes : (at + bytes) % size;
+    }
+    printf("%.9f %.9f\n", now(CLOCK_MONOTONIC) - wall, now(CLOCK_THREAD_CPUTIME_ID) - cpu);
+}
+
 int main(int argc, char **argv)
 {
     const char *mode = argc > 2 ? argv[1] : "";
@@ -325,12 +345,17 @@ int main(int argc, char **argv)
     } else if (!strcmp(mode, "steps")) {
         make_machine(argv[2], 1);
         measure_steps(number);
+    } else if (!strcmp(mode, "sequential")) {
+        measure_reads(argv[2], number, SEQUENTIAL, 0);
+    } else if (!strcmp(mode, "random")) {
+        measure_reads(argv[2], number, RANDOM, 1);
     } else if (!strcmp(mode, "start")) {
         printing = 1;
         make_machine(argv[2], 1);
         run_all();
     } else {
-        fprintf(stderr, "usage: floor exits|coalesced|kick|cycles|steps|start GUEST [NUMBER]\n");
+        fprintf(stderr, "usage: floor exits|coalesced|kick|cycles|steps|start GUEST [NUMBER]\n"
+                        "       floor sequential|random FILE COUNT\n");
         return 2;
     }
     return 0;

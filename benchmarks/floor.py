@@ -1,12 +1,11 @@
-"""The C floor: compiles floor.c once, into the scratch folder, and runs it."""
+"""The C floor: runs floor.c, compiled once into the scratch folder."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks import guests
+from benchmarks import gcc, guests
 from benchmarks.measure import Unavailable
 
 SOURCE = Path(__file__).with_name("floor.c")
@@ -17,27 +16,18 @@ _MISUSED = 2  # the exit status for a guest that does not do what floor.c expect
 
 def program(folder: Path) -> Path:
     """The compiled floor, in `folder`.  Raises Unavailable where there is no working gcc."""
-    binary = folder / "floor"
-    if binary.exists():
-        return binary
-    if shutil.which("gcc") is None:
-        raise Unavailable("no gcc (apt install gcc libc6-dev)")
     known = [f"-DMARK_PORT={guests.MARK_PORT}", f"-DCOUNTER={guests.COUNTER_GPA}"]
-    command = ["gcc", "-O2", "-pthread", *known, "-o", str(binary), str(SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        first = next(iter(done.stderr.splitlines()), "no message")
-        raise Unavailable(f"gcc failed: {first}")
-    return binary
+    known += [f"-DSEQUENTIAL={guests.SEQUENTIAL_BYTES}", f"-DRANDOM={guests.RANDOM_BYTES}"]
+    return gcc.compiled(SOURCE, folder / "floor", "-pthread", *known)
 
 
-def run(folder: Path, mode: str, guest: Path, number: int = 1) -> list[list[float]]:
-    """Run the floor in one of its modes; the numbers that it prints, line by line.
+def run(folder: Path, mode: str, file: Path, number: int = 1) -> list[list[float]]:
+    """Run the floor in one of its modes with a guest or a disk; the numbers of each line printed.
 
     Raises Unavailable with the floor's own message when this host refuses something, and
     RuntimeError when the guest is not one for this mode.
     """
-    command = [str(program(folder)), mode, str(guest), str(number)]
+    command = [str(program(folder)), mode, str(file), str(number)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SECONDS)
     if done.returncode == _MISUSED:
         raise RuntimeError(done.stderr.strip())

@@ -17,6 +17,9 @@ MMIO_GPA = 0xD000_0000  # no RAM is there
 COUNTER_GPA = 0x200000  # spin() counts here; floor.c is told
 COM1 = 0x3F8
 
+# How much virtio.c, which is compiled, reads from a disk in one request.  floor.c is told.
+SEQUENTIAL_BYTES, RANDOM_BYTES = 128 << 10, 4 << 10
+
 
 def _select(port: int) -> bytes:
     return b"\x66\xba" + struct.pack("<H", port)  # mov dx, port

@@ -29,10 +29,15 @@ class Sample(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a measure's contenders are given: a scratch folder, and whether to be quick."""
+    """What a measure's contenders are given: a scratch folder, and whether to be quick.
+
+    And the user's own Linux, where one is named.
+    """
 
     folder: Path
     quick: bool
+    kernel: Path | None = None
+    initrd: Path | None = None
 
     def scaled(self, count: int) -> int:
         """How many repetitions to make where a full run makes `count`."""

@@ -47,8 +47,8 @@ def started(
                 pipe.close()
 
 
-def wait_for(process: subprocess.Popen[bytes], wanted: bytes, patience: float) -> None:
-    """Return as soon as `process` has printed `wanted` to its stdout.
+def wait_for(process: subprocess.Popen[bytes], wanted: bytes, patience: float) -> bytes:
+    """Return as soon as `process` has printed `wanted` to its stdout: what is read behind it.
 
     Raises RuntimeError when it ends before, or has not done so after `patience` seconds.
     """
@@ -63,7 +63,17 @@ def wait_for(process: subprocess.Popen[bytes], wanted: bytes, patience: float) -
         data = os.read(descriptor, 1 << 16)
         if not data:
             raise RuntimeError(f"ended without {wanted.decode()!r}: {errors_of(process)}")
-        printed += data
+        printed = printed[-len(wanted) :] + data
+    return printed.partition(wanted)[2]
+
+
+def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    """The CPU time that its threads have used, a guest's instructions included."""
+    total = 0
+    for thread in Path(f"/proc/{process.pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            total += int((thread / "schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def errors_of(process: subprocess.Popen[bytes]) -> str:

@@ -50,12 +50,8 @@ class Stub(NamedTuple):
     port: int
 
     def cpu_seconds(self) -> float:
-        """The CPU time that its threads have used, the guest's instructions included."""
-        total = 0
-        for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            with contextlib.suppress(OSError):  # it has just ended
-                total += int((thread / "schedstat").read_text().split()[0])
-        return total / 1e9
+        """See processes.cpu_seconds()."""
+        return processes.cpu_seconds(self.process)
 
 
 @contextlib.contextmanager

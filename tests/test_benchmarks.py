@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks import chart, report
-from benchmarks.__main__ import named
+from benchmarks import chart, gcc, processes, report
+from benchmarks.__main__ import existing_file, named
 from benchmarks.measure import (
     PYVMM,
     Context,
@@ -23,7 +25,8 @@ from benchmarks.measure import (
     run,
     unavailable,
 )
-from benchmarks.measures import MEASURES
+from benchmarks.measures import MEASURES, virtio
+from benchmarks.measures.boot import find_linux
 from benchmarks.measures.debug import write_packets
 from benchmarks.measures.memory import peak_mib
 from benchmarks.rspclient import escaped, escaped_to_fit, framed
@@ -261,3 +264,92 @@ def test_written_packets_hold_all_data_and_are_not_too_long(in_binary):
         assert int(header.partition(b",")[2], 16) == len(content)
         written += content
     assert written == data
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def test_text_is_found_wherever_reads_end():
+    code = "import time; print('a', end='', flush=True); time.sleep(0.05); print('bcd', flush=True)"
+    with processes.started([sys.executable, "-c", code]) as process:
+        assert processes.wait_for(process, b"abc", 20) == b"d\n"
+
+
+def test_process_that_ends_without_the_text_says_why():
+    with processes.started([sys.executable, "-c", "exit('it broke')"]) as process:
+        with pytest.raises(RuntimeError, match="ended without 'abc': it broke"):
+            processes.wait_for(process, b"abc", 20)
+
+
+def test_process_that_does_not_print_is_not_waited_for_longer():
+    with processes.started([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        with pytest.raises(RuntimeError, match="no 'abc' within 0 s"):
+            processes.wait_for(process, b"abc", 0)
+
+
+def test_cpu_time_of_a_process_grows():
+    code = "print('a', flush=True)\nwhile True: pass"
+    with processes.started([sys.executable, "-c", code]) as process:
+        processes.wait_for(process, b"a", 20)
+        before = processes.cpu_seconds(process)
+        while processes.cpu_seconds(process) == before:
+            pass
+
+
+# --- what a compiler makes -----------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_column_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="apt install gcc"):
+        gcc.compiled(tmp_path / "any.c", tmp_path / "any")
+
+
+@pytest.mark.parametrize("device", [2, 3])
+def test_virtio_guest_begins_where_it_is_entered(tmp_path, device):
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    work = {"DEVICE": device, "BYTES": 4096, "COUNT": 9, "DEPTH": 1, "RANDOM": 0, "SECTORS": 64}
+    made = virtio.guest(tmp_path, "guest", **work)
+    assert made.read_bytes().startswith(bytes.fromhex("bc 00000800"))  # mov esp, 0x80000
+    made.write_bytes(b"kept")
+    assert virtio.guest(tmp_path, "guest", **work).read_bytes() == b"kept"
+
+
+# --- the Linux that is booted --------------------------------------------------------------------
+
+
+def linux(folder, *files, kernel=None, initrd=None):
+    for name in files:
+        (folder / name).touch()
+    context = Context(folder, True, kernel and folder / kernel, initrd and folder / initrd)
+    found = find_linux(context, folder)
+    return found[0].name, found[1].name, found[2]
+
+
+def test_linux_is_debians_own(tmp_path):
+    found = linux(tmp_path, "vmlinuz-6.1", "initrd.img-6.1")
+    assert found == ("vmlinuz-6.1", "initrd.img-6.1", b"(initramfs) ")
+
+
+def test_linux_is_the_one_that_the_user_names(tmp_path):
+    found = linux(tmp_path, "vmlinuz-6.1", "initrd.img-6.1", kernel="mine", initrd="archive")
+    assert found == ("mine", "archive", b"# ")
+
+
+@pytest.mark.parametrize(
+    ("files", "kernel", "missing"),
+    [
+        ((), None, "no .*/vmlinuz.*: give it with --kernel"),
+        (("vmlinuz-6.1",), None, "no initrd for .*/vmlinuz-6.1: give it with --initrd"),
+        (("vmlinuz-6.1", "initrd.img-6.1"), "mine", "no initrd for .*/mine"),
+    ],
+)
+def test_linux_that_is_incomplete_says_what_is_missing(tmp_path, files, kernel, missing):
+    with pytest.raises(Unavailable, match=missing):
+        linux(tmp_path, *files, kernel=kernel)
+
+
+def test_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="no file"):
+        existing_file(str(tmp_path / "none"))

@@ -16,6 +16,7 @@ from benchmarks.measures import (
     start,
     steps,
     stops,
+    virtio,
 )
 
 MEASURES = (
@@ -24,6 +25,7 @@ MEASURES = (
     *boot.MEASURES,
     *exits.MEASURES,
     *printing.MEASURES,
+    *virtio.MEASURES,
     *kick.MEASURES,
     *steps.MEASURES,
     *debug.MEASURES,
