@@ -52,15 +52,16 @@ class Stepper:
         In a range (VM.set_step_range) it is one after the other, until one leads out of it or
         something else wants to be looked at.
         """
-        cpu, mode, pc = self._look(vm, vcpu)
+        exit: exits.Exit | None = None
         while True:
-            if vm.irqchip and _waits_in_kernel(vcpu):
+            waits = vm.irqchip and _waits_in_kernel(vcpu)
+            cpu, mode, pc = self._look(vm, vcpu)
+            if exit is MTRAP and pc not in vcpu.step_range:
+                return exit
+            if waits:
                 return self._step_once_awake(vm, vcpu)
             exit = self._step_from(vm, vcpu, cpu, mode, pc)
             if exit is not MTRAP or not vcpu.step_range or vcpu.interrupted:
-                return exit
-            cpu, mode, pc = self._look(vm, vcpu)
-            if pc not in vcpu.step_range:
                 return exit
 
     def _look(self, vm: VM, vcpu: VcpuRecord) -> tuple[emulate.Cpu, x86.CpuMode, int]:
@@ -232,6 +233,10 @@ class Stepper:
 
 
 def _waits_in_kernel(vcpu: VcpuRecord) -> bool:
+    if vcpu.startup_awaited:
+        # Asking KVM for the state can make a start-up IPI take effect, which sets registers: those
+        # that were left at the last exit are then old.
+        vcpu.handle.leave_registers(False)
     return bool(vcpu.handle.get(kvm.kvm_mp_state).mp_state != kvm.KVM_MP_STATE_RUNNABLE)
 
 
