@@ -142,6 +142,7 @@ def served(*arguments: object, address: str = "0", listens: bool = True) -> Iter
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @kvm
 def test_a_bad_address_is_a_usage_error() -> None:
     for text in ("x", "99999", "unix:", "1.2.3.4:"):

@@ -285,7 +285,6 @@ def test_hundreds_of_resets_with_several_processors_running() -> None:
         assert (stop.reason, len(resets)) == (StopReason.POWERED_OFF, count - 1)
 
 
-@pytest.mark.slow
 def test_all_processors_ask_for_a_reset_at_once() -> None:
     """Each AP resets as soon as it runs, the BSP at the same time, by another port."""
     count = min(100, cycles(150))
@@ -297,7 +296,6 @@ def test_all_processors_ask_for_a_reset_at_once() -> None:
         assert len(resets) == count - 1
 
 
-@pytest.mark.slow
 def test_a_reset_and_a_power_off_at_once() -> None:
     """The first processor gives up after five starts, at the latest."""
     bsp = boots(5, start_aps() + KEYBOARD_RESET, start_aps() + FOREVER)

@@ -373,6 +373,7 @@ def test_scheduler_locking_steps_one_while_the_others_stay_parked() -> None:
         assert debuggee.counter(1) == 2
 
 
+@pytest.mark.slow
 def test_a_step_of_one_with_the_others_running() -> None:
     requires("step")
     with debugging(COUNT, cpus=3) as (client, debuggee):

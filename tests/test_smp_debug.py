@@ -429,7 +429,6 @@ def test_the_start_of_the_others_is_stepped_over() -> None:
         assert client.register(RIP, 0) == START + 30
 
 
-@pytest.mark.slow
 def test_a_step_of_a_halted_processor_waits_for_its_interrupt() -> None:
     requires("step")
     handlers = {NMI_VECTOR: increment(TICKS) + IRETQ}
@@ -570,7 +569,6 @@ def test_monitor_shows_the_screen() -> None:
         assert client.monitor("screen") == "Hi\n"
 
 
-@pytest.mark.slow
 def test_monitor_injects_an_nmi_into_a_halted_processor() -> None:
     handlers = {NMI_VECTOR: increment(TICKS) + IRETQ}
     with debugging(start_aps() + SPIN, LOAD_IDT + ARRIVE + SLEEP, handlers) as (client, debuggee):

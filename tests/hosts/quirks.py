@@ -1,4 +1,7 @@
-"""What the emulated hosts need between two tests: a pytest plugin, used only inside the hosts.
+"""What the emulated hosts need around the tests: a pytest plugin, used only inside the hosts.
+
+Bochs's clock is slow (see machines.py), so that tests that repeat something as often as the host's
+speed allows would take it for a fast one: they are told that it is SLOW_CLOCK times slower.
 
 Bochs 2.7 takes "NMIs are blocked" from one VM to the next: once a guest has halted in its NMI
 handler, the guests of all later VMs appear to be in theirs (KVM reads it in the new guest's
@@ -7,6 +10,7 @@ interruptibility state), until one of them executes iret. See docs/hosts.md for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +20,21 @@ from pyvmm import kvm
 from pyvmm.hypervisor import VM
 from pyvmm.lab import HANDLERS, Lab, LabMode
 from pyvmm.x86 import VECTOR_NMI
+from tests import support
 
 NOP, IRETQ = b"\x90", b"\x48\xcf"
+SLOW_CLOCK = 4  # a second there takes six to fourteen
+
+
+def _is_bochs() -> bool:
+    return "vmx" in Path("/proc/cpuinfo").read_text()
+
+
+def pytest_configure() -> None:
+    """Before any test is imported."""
+    if _is_bochs():
+        measured = support.slowness
+        support.slowness = functools.cache(lambda: SLOW_CLOCK * measured())
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +49,7 @@ def unblocked_nmis(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(VM, "inject_nmi", spy)
     yield
-    if raised and "vmx" in Path("/proc/cpuinfo").read_text():
+    if raised and _is_bochs():
         with Lab(LabMode.LONG, NOP) as lab:
             lab.write(HANDLERS + 16 * VECTOR_NMI, IRETQ)
             lab.cpu.ioctl(kvm.KVM_NMI)
