@@ -20,6 +20,7 @@ from pyvmm.errors import GuestMemoryError
 from pyvmm.light import NamedTuple
 
 PAGE_SIZE = 4096
+HUGE_PAGE_SIZE = 2 << 20  # what one entry of the processor's second-level page tables can map
 _PAGES_KEPT = 64  # translations that a VirtualMemory remembers
 _MAP_NORESERVE = 0x4000  # <asm-generic/mman.h>; not in every Python's mmap module
 
@@ -62,11 +63,7 @@ class GuestMemory:
         for slot in self.slots:
             if gpa < slot.end and slot.gpa < gpa + size:
                 raise ValueError(f"memory slot {gpa:#x}+{size:#x} overlaps {slot.gpa:#x}")
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        pages = mmap.mmap(-1, size, flags=flags)
-        # from_buffer pins the mapping; the pin goes with the temporary, the address stays valid
-        # for as long as `pages` is not closed.
-        hva = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        pages, hva = _map(gpa, size)
         slot = MemorySlot(len(self.slots), gpa, size, readonly, pages)
         try:
             kvm_flags = kvm.KVM_MEM_READONLY if readonly else 0
@@ -114,6 +111,29 @@ class GuestMemory:
             slot.pages.close()
         self.slots.clear()
         self._ranges.clear()
+
+
+def _map(gpa: int, size: int) -> tuple[mmap.mmap, int]:
+    """New pages for a slot at `gpa`, and their HVA.
+
+    KVM can use huge pages only where a GPA and its HVA are equally far from the beginning of one.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    pages = mmap.mmap(-1, size, flags=flags)
+    too_far = (_hva(pages) - gpa) % HUGE_PAGE_SIZE
+    if too_far and size >= HUGE_PAGE_SIZE:  # a Linux before 6.7 does not look at it by itself
+        pages.close()
+        # Each mapping is placed below the one before, if there is no gap above that it fits into:
+        # so one of about this size, but for what it is too far, makes the next come out right.
+        with mmap.mmap(-1, too_far + size + -size % HUGE_PAGE_SIZE, flags=flags):
+            pages = mmap.mmap(-1, size, flags=flags)
+    return pages, _hva(pages)
+
+
+def _hva(pages: mmap.mmap) -> int:
+    # from_buffer pins the mapping; the pin goes with the temporary, the address stays valid for as
+    # long as `pages` is not closed.
+    return ctypes.addressof(ctypes.c_char.from_buffer(pages))
 
 
 class Unchanged:

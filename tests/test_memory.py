@@ -45,6 +45,16 @@ def test_what_is_written_reads_back(memory: GuestMemory) -> None:
     assert memory.read(0x100FFC, 2) == b"\0\0"
 
 
+@pytest.mark.parametrize("gpa", [0, 1 << 32])
+def test_ram_lies_where_kvm_can_use_huge_pages(gpa: int) -> None:
+    vm = AnyVm()
+    memory = GuestMemory(cast(handles.VmHandle, vm))
+    memory.add_slot(gpa, 1 << 30)
+    ((_, _, _, hva, _),) = vm.slots
+    assert (hva - gpa) % (2 << 20) == 0
+    memory.close()
+
+
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
 def test_all_kinds_of_bytes_can_be_written(memory: GuestMemory, kind: type) -> None:
     memory.write(0, kind(b"abc"))
