@@ -283,12 +283,11 @@ class MachineTarget:
 
     def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
         """See Target."""
-        host = self.vm.host
         for vcpu_id, action in actions.items():
             if action.kind is ActionKind.CONTINUE:
                 continue
             user = self.vm.state(vcpu_id).get(kvm_sregs).ss.dpl == 3
-            if user and not (host.step_user or host.step_user_delivered):
+            if user and not (self.vm.host.step_user or self.vm.host.step_user_delivered):
                 raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
         self._forget()
         with _errors:
