@@ -122,7 +122,7 @@ def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
     jobs = {host: _job(host, arguments) for host in arguments.hosts}
     stop = threading.Event()
     with tempfile.TemporaryDirectory(prefix="pyvmm-hosts.") as folder:
-        kernel, archives = _build(jobs, Path(folder))
+        kernel, archives = _build(jobs, Path(folder), everything=arguments.all)
 
         def run(host: str) -> session.Result:
             _progress(host, "booting")
@@ -143,8 +143,11 @@ def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
                 raise
 
 
-def _build(jobs: dict[str, str], folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Return the kernel, and for each host the initrd with its job in it, made in folder."""
+def _build(jobs: dict[str, str], folder: Path, *, everything: bool) -> tuple[Path, dict[str, Path]]:
+    """Return the kernel, and for each host the initrd with its job in it, made in folder.
+
+    everything: slow hosts get Linux as a guest, too.
+    """
     wanted = packages.resolve()
     cache = packages.cache_folder() / packages.key(wanted)
     if not (cache / "root").is_dir():
@@ -162,8 +165,8 @@ def _build(jobs: dict[str, str], folder: Path) -> tuple[Path, dict[str, Path]]:
         initrd.build_job(jobs[host], folder / "job")
         with archive.open("wb") as out:
             for part in (base, folder / "linux", folder / "checkout", folder / "job"):
-                if part.name == "linux" and host in SLOW_HOSTS:
-                    continue  # nobody there would wait for it to boot
+                if part.name == "linux" and host in SLOW_HOSTS and not everything:
+                    continue
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, out)
     return kernel, archives
