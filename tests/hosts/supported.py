@@ -80,7 +80,7 @@ def table(probes: dict[str, Any], folder: Path) -> str:
         "": [HOSTS[host] for host in probes],
         "---": ["---"] * len(probes),
         "Linux": [_version(probe["kernel"]) for probe in probes.values()],
-        "on": [_read(folder / host / "emulator.txt", "this machine") for host in probes],
+        "on": [_read(folder / host / "emulator.txt", "-") for host in probes],
     }
     for title, judge in ROWS.items():
         rows[title] = [judge(probe["findings"]) for probe in probes.values()]
