@@ -137,24 +137,24 @@ def test_vcpu_in_a_device_can_be_suspended_any_number_of_times() -> None:
         leave_device.wait(PATIENCE)
 
     with Bench(b"\xe6\x10" + COUNT_FOREVER) as bench:  # out 0x10, al
-        runner = bench.start(on_exit=slow_device)
+        bench.start(on_exit=slow_device)
         assert in_device.wait(PATIENCE)
-        for _ in range(50):
+        before = _queued_signals()
+        for _ in range(1000):
             bench.vm.suspend_cpu(ALL)
             bench.vm.resume_cpu(ALL)
-        queued = _queued_kicks(runner)
+        queued = _queued_signals() - before
         leave_device.set()
         bench.wait_runs()
-        assert queued < 10, f"{queued} kicks wait for one vCPU"
+        # Other processes of this user count, too: some, but not a thousand.
+        assert queued < 500, f"{queued} kicks wait for one vCPU"
 
 
-def _queued_kicks(thread: threading.Thread) -> int:
-    """How many signals of this user are queued, if one of them is a kick of `thread`."""
-    with open(f"/proc/self/task/{thread.native_id}/status") as file:
-        status = dict(line.split(":\t", 1) for line in file.read().splitlines() if ":\t" in line)
-    if not int(status["SigPnd"], 16) >> (KICK_SIGNAL - 1) & 1:
-        return 0
-    return int(status["SigQ"].split("/")[0])
+def _queued_signals() -> int:
+    """How many signals of this user are queued."""
+    with open("/proc/self/status") as file:
+        (line,) = (line for line in file if line.startswith("SigQ:"))
+    return int(line.split()[1].split("/")[0])
 
 
 def test_thread_that_gives_up_its_vcpu_keeps_no_kick() -> None:
