@@ -43,6 +43,8 @@ examples:
   pyvmm guests/hello16.bin --mode real      run a boot sector
   pyvmm kernel.elf -m 256M --timeout 10     run a static ELF file, ten seconds at most
   pyvmm kernel.elf -c 2 --append "debug"    two vCPUs, and a command line
+  pyvmm vmlinuz --initrd initrd -m 512M --append console=ttyS0
+                                            boot Linux
   pyvmm guests/hello.bin --trace            show every exit
   pyvmm guests/loops.bin --gdb 1234         debug it: gdb -ex 'target remote :1234'
   pyvmm --probe                             what this host's KVM can do
