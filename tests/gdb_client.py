@@ -34,9 +34,11 @@ from tests.conftest import GUESTS, REPOSITORY
 
 PATIENCE = 20.0  # seconds to wait for what must happen: never reached unless there is a bug
 
-# gdb must neither ask a server in the network for symbols nor read what its user has configured.
+# gdb must neither ask a server in the network for symbols nor read what its user has configured;
+# and warnings of the Python in it are not ours.
+_NOT_FOR_GDB = ("DEBUGINFOD_URLS", "PYTHONDEVMODE", "PYTHONWARNINGS")
 ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name != "DEBUGINFOD_URLS"},
+    **{name: value for name, value in os.environ.items() if name not in _NOT_FOR_GDB},
     "PYTHONPATH": str(REPOSITORY),
     "LC_ALL": "C.UTF-8",
     "TERM": "dumb",
@@ -95,7 +97,7 @@ def serving(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env=ENVIRONMENT,
+            env={**os.environ, **ENVIRONMENT},
         )
     try:
         address = _wait_for_address(directory / "stderr", process)
