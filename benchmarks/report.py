@@ -123,7 +123,7 @@ def host() -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "date": datetime.date.today().isoformat(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "kvm": [name for name in _KVM_MODULES if Path("/sys/module", name).exists()],
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
