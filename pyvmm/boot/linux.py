@@ -45,6 +45,7 @@ from pyvmm.boot.layout import (
     place_initrd,
 )
 from pyvmm.devices.vga import COLUMNS, ROWS
+from pyvmm.light import NamedTuple
 
 SECTOR_BYTES, DEFAULT_SETUP_SECTORS, PARAGRAPH_BYTES = 512, 4, 16
 OLDEST_VERSION, VERSION_WITH_XLOADFLAGS = 0x0206, 0x020C
@@ -74,25 +75,21 @@ _SELECTORS = {
 }
 
 
-_HEADER = struct.Struct("<B 2x I 14x H 9x B 26x I 6x H I 28x Q I")
-
-
-class _SetupHeader:
+class _SetupHeader(NamedTuple):
     """What the kernel says that matters here, with the protocol's names."""
 
-    def __init__(self, parameters: bytes | memoryview) -> None:
-        """Read it from boot parameters."""
-        (
-            self.setup_sects,
-            self.syssize,
-            self.version,
-            self.loadflags,
-            self.initrd_addr_max,
-            self.xloadflags,
-            self.cmdline_size,
-            self.pref_address,
-            self.init_size,
-        ) = _HEADER.unpack_from(parameters, SETUP_HEADER)
+    setup_sects: int
+    syssize: int
+    version: int
+    loadflags: int
+    initrd_addr_max: int
+    xloadflags: int
+    cmdline_size: int
+    pref_address: int
+    init_size: int
+
+
+_HEADER = struct.Struct("<B 2x I 14x H 9x B 26x I 6x H I 28x Q I")
 
 
 def recognise(contents: bytes) -> bool:
@@ -110,7 +107,7 @@ def load(name: str, contents: bytes, options: LoadOptions) -> Image:
     """
     _check_version(name, contents)
     parameters = _with_setup_header(name, contents)
-    header = _SetupHeader(parameters)
+    header = _read_header(parameters)
     if not header.loadflags & LOADED_HIGH:
         raise ImageError(f"{name}: a zImage, which is loaded below 1 MiB; build a bzImage")
     start = SECTOR_BYTES * (1 + (header.setup_sects or DEFAULT_SETUP_SECTORS))
@@ -176,6 +173,10 @@ def _with_setup_header(name: str, contents: bytes) -> bytes:
     return bytes(parameters)
 
 
+def _read_header(parameters: bytes | memoryview) -> _SetupHeader:
+    return _SetupHeader(*_HEADER.unpack_from(parameters, SETUP_HEADER))
+
+
 def _choose_mode(name: str, header: _SetupHeader, options: LoadOptions) -> Mode:
     """The mode to enter the kernel in. Raises ImageError if the user asks for what it cannot."""
     has_64 = header.version >= VERSION_WITH_XLOADFLAGS and header.xloadflags & XLF_KERNEL_64
@@ -198,7 +199,7 @@ def finish(image: Image, ram_ranges: RamRanges) -> Image:
     """
     check_fits(image, ram_ranges, [])
     parameters, kernel = image.segments
-    header = _SetupHeader(parameters.data)
+    header = _read_header(parameters.data)
     initrd = place_initrd(image, ram_ranges, kernel.end_gpa, header.initrd_addr_max + 1)
     parameters = parameters._replace(data=_parameters(image, header, initrd, ram_ranges))
     extra = () if initrd is None else (initrd,)
