@@ -50,7 +50,6 @@ class GuestMemory:
     def __init__(self, vm: handles.VmHandle) -> None:
         self._vm = vm
         self.slots: list[MemorySlot] = []
-        self._ranges: list[tuple[int, int, mmap.mmap]] = []  # first GPA, GPA behind, pages
 
     def add_slot(self, gpa: int, size: int, *, readonly: bool = False) -> MemorySlot:
         """Give the guest `size` bytes of zeroed RAM at `gpa`, both multiples of 4096.
@@ -72,7 +71,6 @@ class GuestMemory:
             pages.close()
             raise
         self.slots.append(slot)
-        self._ranges.append((slot.gpa, slot.end, pages))
         return slot
 
     def find(self, gpa: int, length: int = 1) -> MemorySlot:
@@ -84,11 +82,9 @@ class GuestMemory:
 
     def read(self, gpa: int, length: int) -> bytes:
         """Copy `length` bytes out of guest RAM.  Raises GuestMemoryError."""
-        end = gpa + length
-        for first, behind, pages in self._ranges:
-            if first <= gpa and end <= behind:
-                return pages[gpa - first : end - first]
-        raise GuestMemoryError(gpa, length)
+        slot = self.find(gpa, length)
+        offset = gpa - slot.gpa
+        return slot.pages[offset : offset + length]
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` into guest RAM.  All of it, or GuestMemoryError and nothing."""
@@ -110,7 +106,6 @@ class GuestMemory:
         for slot in self.slots:
             slot.pages.close()
         self.slots.clear()
-        self._ranges.clear()
 
 
 def _map(gpa: int, size: int) -> tuple[mmap.mmap, int]:
