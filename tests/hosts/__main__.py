@@ -48,15 +48,16 @@ def main() -> int:
         unreported = arguments.run or result.failure
         if not unreported and (skips := report.wrong_skips(result)):
             result.failure = "\n  ".join(["skipped what must run here:", *skips])
-        if result.failure:
-            print(f"{result.host}: {result.failure}", file=sys.stderr)
     if arguments.output:
         report.save(results, arguments.output)
     if not arguments.run:
-        for result in results:
-            if result.status:
-                print(f"---- {result.host} ----\n{report.complaints(result)}\n")
         print(report.table(results))
+    # Last, where whoever has only the end of a log finds it.
+    for result in results:
+        if result.status and not arguments.run:
+            print(f"\n---- {result.host} ----\n{report.complaints(result)}")
+        if result.failure:
+            print(f"{result.host}: {result.failure}", file=sys.stderr)
     return 0 if all(result.status == 0 and not result.failure for result in results) else 1
 
 
