@@ -28,7 +28,7 @@ from contextlib import suppress
 from pyvmm import threads
 from pyvmm.debugtarget import MachineTarget
 from pyvmm.light import TYPE_CHECKING, NamedTuple
-from pyvmm.rsp import Event, Link, Packet, encode
+from pyvmm.rsp import Event, Link, encode
 from pyvmm.runcontrol import RunControl
 from pyvmm.session import Phase
 from pyvmm.stop import Stop, StopReason
@@ -362,16 +362,15 @@ class Connection:
 
     def handle(self, data: bytes) -> None:
         """Answer what is complete of what has arrived."""
-        self.link.receive(data)
-        previous: Packet | Event | None = None
-        while (event := self.link.next_event()) is not None:
-            if isinstance(event, Packet):
+        previous: bytes | Event | None = None
+        for event in self.link.receive(data):
+            if isinstance(event, bytes):
                 if self.link.acks and event == previous:
                     continue  # sent again, because we were slow to start: one answer is enough
-                reply = self.stub.handle(event.payload)
+                reply = self.stub.handle(event)
                 self.send_reply(reply)
                 if reply is not None and reply[:1] == b"E":
-                    self._refused(event.payload)
+                    self._refused(event)
                 if self.link.acks:
                     self.link.acks = not self.stub.no_ack_mode
             elif event is Event.INTERRUPT:

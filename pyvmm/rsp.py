@@ -5,11 +5,11 @@
     0x03                        interrupt, only between packets
 
 In a payload `}` escapes the next byte (XOR 0x20), and `*` repeats the byte before it. `Decoder`
-turns received bytes into events. `Link` adds what both sides must remember: whether packets are
-acknowledged, and the last frame, in case the peer asks for it again. The caller moves the bytes:
+turns received bytes into events: the payload of a packet, decoded, or an Event. `Link` adds what
+both sides must remember: whether packets are acknowledged, and the last frame, in case the peer
+asks for it again. The caller moves the bytes:
 
-    link.receive(sock.recv(65536))
-    while (event := link.next_event()) is not None:
+    for event in link.receive(sock.recv(65536)):
         ...  # answer with link.send(reply)
     sock.sendall(link.take_output())
 
@@ -28,8 +28,8 @@ import itertools
 import re
 import struct
 import zlib
+from collections.abc import Iterator
 from enum import Enum
-from typing import NamedTuple
 
 # The longest payload in bytes as transmitted (escaped, run-length encoded), in both directions.
 # 64 KiB of memory in hex. Each packet costs a round trip and a pass through the stub, so this size
@@ -40,7 +40,16 @@ _RUN = 98  # one byte and the most repeats that a count can express, ord("~") - 
 _LONG_RUN = 4 * _RUN  # to find shorter ones costs more time than a fast connection saves
 _WORTH_COMPRESSING = 4096  # bytes; below, the round trip costs the time, not the bytes
 
-_INTERESTING = re.compile(rb"[$+\-\x03]")  # what can begin between packets; the rest is noise
+# What received bytes are made of; all between is noise. A `$` inside a packet begins a new one: it
+# is always escaped, so the peer gave the first one up. No event tells of it: an answer would be
+# taken for the answer to the second.
+_TOKEN = re.compile(
+    rb"\$([^#$]*)#(..)"  # a packet: payload and checksum
+    rb"|\$([^#$]*)(#.?)?\Z"  # one that goes on in what has not arrived yet
+    rb"|\$[^#$]*"  # one that was given up
+    rb"|[+\-\x03]",
+    re.DOTALL,
+)
 _ESCAPED = re.compile(rb"}(.?)", re.DOTALL)
 _REPEATED = re.compile(rb"(.)((?:\*.)+)", re.DOTALL)
 # Long runs of a byte. That the pattern begins with the run, spelled out, lets both searches skip.
@@ -59,12 +68,6 @@ class Event(Enum):
     BAD_CHECKSUM = "bad checksum"
     TOO_LONG = "packet too long"
     MALFORMED = "malformed escape or run length"
-
-
-class Packet(NamedTuple):
-    """A packet with the right checksum; `payload` is decoded."""
-
-    payload: bytes
 
 
 class _MalformedError(Exception):
@@ -176,79 +179,62 @@ def _decode(data: bytes) -> bytes:
     return data
 
 
+def _payload(data: bytes, digits: bytes) -> bytes | Event:
+    """The payload of a packet, decoded, or what is wrong with it."""
+    if len(data) > PACKET_SIZE:
+        return Event.TOO_LONG
+    if _CHECKSUM_OF.get(digits) != checksum(data):
+        return Event.BAD_CHECKSUM
+    if b"*" not in data and b"}" not in data:  # nothing to decode
+        return data
+    try:
+        return _decode(data)
+    except _MalformedError:
+        return Event.MALFORMED
+    except _TooLongError:
+        return Event.TOO_LONG
+
+
+_EVENT_OF_BYTE = {b"+": Event.ACK, b"-": Event.NACK, b"\x03": Event.INTERRUPT}
+
+
 class Decoder:
     """Received bytes in, events out; keeps what is not yet complete."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._searched = 1  # neither `#` nor a further `$` before this offset in the buffer
-        self._skipping = False  # the packet is too long: its bytes are thrown away
+        self._kept = bytearray()  # the packet of which not all has arrived, from its `$` on
+        self._skipping = False  # it is too long: its payload is thrown away
 
-    def receive(self, data: bytes) -> None:
-        """Take bytes in, in pieces of any size."""
-        self._buffer += data
+    def receive(self, data: bytes) -> list[bytes | Event]:
+        """Take bytes in, in pieces of any size; return the events that they complete."""
+        if self._kept:
+            seen = len(self._kept)
+            self._kept += data
+            # Not to look at all of a long packet again with each piece of it.
+            end = self._kept.find(b"#", max(0, seen - 2))
+            if end < 0 and len(self._kept) <= 1 + PACKET_SIZE:
+                return []
+            data = bytes(self._kept)
+            self._kept.clear()
+        events: list[bytes | Event] = []
+        for token in _TOKEN.finditer(data):
+            payload, digits, beginning, end_mark = token.groups()
+            if beginning is not None:
+                self._keep(beginning, end_mark or b"")
+                continue
+            if payload is not None:
+                events.append(Event.TOO_LONG if self._skipping else _payload(payload, digits))
+            elif token[0] in _EVENT_OF_BYTE:
+                events.append(_EVENT_OF_BYTE[token[0]])
+            self._skipping = False
+        return events
 
-    def next_event(self) -> Packet | Event | None:
-        """The next event, or None until more bytes are received."""
-        buffer = self._buffer
-        while buffer:
-            if self._skipping or buffer[0] == _DOLLAR:
-                return self._next_packet()
-            start = _INTERESTING.search(buffer)
-            del buffer[: start.start() if start else len(buffer)]
-            if buffer and buffer[0] != _DOLLAR:
-                byte = buffer[0]
-                del buffer[:1]
-                return _EVENT_OF_BYTE[byte]
-        return None
-
-    def _next_packet(self) -> Packet | Event | None:
-        """Decode the packet at the start of the buffer, if all of it is there.
-
-        A `$` inside a packet begins a new one: `$` is always escaped, so the peer gave the first
-        one up. No event tells of it: an answer would be taken for the answer to the second.
-        """
-        buffer = self._buffer
-        end = buffer.find(b"#", self._searched)
-        start = buffer.rfind(b"$", self._searched, None if end < 0 else end)
-        if start >= 0:
-            self._drop(start)
-            return self._next_packet()
-        if end < 0:
-            if self._skipping or len(buffer) > 1 + PACKET_SIZE:
-                self._skipping = True
-                buffer.clear()
-            self._searched = len(buffer)
-            return None
-        if len(buffer) < end + 3:
-            self._searched = end
-            return None
-        frame = bytes(buffer[: end + 3])
-        too_long = self._skipping or end > 1 + PACKET_SIZE
-        self._drop(end + 3)
-        if too_long:
-            return Event.TOO_LONG
-        payload = frame[1:end]
-        if _CHECKSUM_OF.get(frame[end + 1 :]) != checksum(payload):
-            return Event.BAD_CHECKSUM
-        if b"*" not in payload and b"}" not in payload:  # nothing to decode
-            return Packet(payload)
-        try:
-            return Packet(_decode(payload))
-        except _MalformedError:
-            return Event.MALFORMED
-        except _TooLongError:
-            return Event.TOO_LONG
-
-    def _drop(self, count: int) -> None:
-        """Forget the first `count` bytes; what follows is looked at afresh."""
-        del self._buffer[:count]
-        self._searched = 1
-        self._skipping = False
-
-
-_DOLLAR = ord("$")
-_EVENT_OF_BYTE = {ord("+"): Event.ACK, ord("-"): Event.NACK, 0x03: Event.INTERRUPT}
+    def _keep(self, beginning: bytes, end_mark: bytes) -> None:
+        if len(beginning) > PACKET_SIZE:
+            self._skipping = True
+        if self._skipping:
+            beginning = b""
+        self._kept += b"$" + beginning + end_mark
 
 
 class Link:
@@ -263,31 +249,31 @@ class Link:
     def __init__(self) -> None:
         self.acks = True
         self._decoder = Decoder()
-        self.receive = self._decoder.receive  # takes received bytes in
         self._output: list[bytes] = []
         self._last_frame = b""
         self._resend = False
 
-    def next_event(self) -> Packet | Event | None:
-        """The next event that needs an answer, or None until more bytes are received.
+    def receive(self, data: bytes) -> Iterator[bytes | Event]:
+        """Take received bytes in; yield the events that need an answer.
 
-        A Packet wants the reply of its handler (if it has one), INTERRUPT stops the guest, and
+        A payload wants the reply of its handler (if it has one), INTERRUPT stops the guest, and
         BAD_CHECKSUM, TOO_LONG and MALFORMED want an error reply: none of them is met with silence.
+        The caller may change `acks` between two events.
         """
-        while (event := self._decoder.next_event()) is not None:
-            if event is Event.ACK:
-                continue
-            if event is Event.NACK:
+        for event in self._decoder.receive(data):
+            if isinstance(event, bytes):
+                if self.acks:
+                    self._output.append(b"+")
+                yield event
+            elif event is Event.NACK:
                 self._resend = self.acks
-                continue
-            if event is Event.INTERRUPT or not self.acks:
-                return event
-            if event is Event.BAD_CHECKSUM:
-                self._output.append(b"-")
-                continue
-            self._output.append(b"+")  # also if it is malformed: to send it again would not help
-            return event
-        return None
+            elif event is Event.BAD_CHECKSUM and self.acks:
+                self._output.append(b"-")  # it will come again
+            elif event is not Event.ACK:
+                # Also if it is malformed: to send it again would not help.
+                if self.acks and event is not Event.INTERRUPT:
+                    self._output.append(b"+")
+                yield event
 
     def send(self, payload: bytes) -> None:
         """Queue a packet."""

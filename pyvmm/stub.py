@@ -267,7 +267,7 @@ class Stub:
         return stub_run.stop_reply(self.session, report)
 
     def reject(self, reason: str) -> bytes:
-        """The reply to something that could not even be decoded: see rsp.Link.next_event."""
+        """The reply to something that could not even be decoded: see rsp.Link.receive."""
         return self._error(EINVAL, reason, None)
 
     def _error(self, errno: int, message: str, row: Row | None) -> bytes:

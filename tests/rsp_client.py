@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from pyvmm.boot import Image, Mode, Segment
 from pyvmm.debug import Address, DebugServer, parse_address
 from pyvmm.machine import Machine
-from pyvmm.rsp import Link, Packet, encode
+from pyvmm.rsp import Event, Link, encode
 from pyvmm.stop import Stop
 
 PATIENCE = 30.0  # seconds to wait for what must come: never reached unless there is a bug
@@ -97,6 +98,7 @@ class RspClient:
         if not address.path:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._link = Link()
+        self._received: deque[bytes | Event] = deque()  # and not asked for yet
         self.features: dict[str, str] = {}
         if handshake:
             tokens = self.ask(f"qSupported:{features}").decode().split(";")
@@ -137,7 +139,7 @@ class RspClient:
     def receive(self, timeout: float = PATIENCE) -> bytes:
         """The next packet.  Raises Closed, and TimeoutError when nothing comes."""
         deadline = time.monotonic() + timeout
-        while (event := self._link.next_event()) is None:
+        while not self._received:
             self.socket.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 data = self.socket.recv(1 << 18)
@@ -145,10 +147,11 @@ class RspClient:
                 data = b""
             if not data:
                 raise Closed
-            self._link.receive(data)
+            self._received += self._link.receive(data)
         self._flush()
-        assert isinstance(event, Packet), event
-        return event.payload
+        event = self._received.popleft()
+        assert isinstance(event, bytes), event
+        return event
 
     def ask(self, payload: str | bytes) -> bytes:
         """Send a packet and return the reply."""

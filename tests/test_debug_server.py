@@ -20,7 +20,7 @@ import pytest
 from pyvmm.debug import Address, DebugServer, parse_address
 from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
-from pyvmm.rsp import Decoder, Packet
+from pyvmm.rsp import Decoder
 from pyvmm.stop import StopReason
 from tests.conftest import GUESTS, REPOSITORY
 from tests.rsp_client import (
@@ -367,15 +367,13 @@ class _Pipes:
         self.input.write(frame(payload))
         self.input.flush()
         while True:
-            event = self.decoder.next_event()
-            if isinstance(event, Packet):
-                self.input.write(b"+")
-                self.input.flush()
-                return event.payload
-            if event is None:
-                data = os.read(self.output.fileno(), 4096)
-                assert data, "stdout was closed"
-                self.decoder.receive(data)
+            data = os.read(self.output.fileno(), 4096)
+            assert data, "stdout was closed"
+            for event in self.decoder.receive(data):
+                if isinstance(event, bytes):
+                    self.input.write(b"+")
+                    self.input.flush()
+                    return event
 
 
 @pytest.mark.process
