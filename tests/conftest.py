@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GUESTS = REPOSITORY / "guests"
+
+
+def pytest_configure() -> None:
+    """Let signals reach what the tests start, also where a shell runs them in the background."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, _not_ignored)
+
+
+def _not_ignored(number: int, frame: FrameType | None) -> None:
+    """For the processes that are started from here, this is no handler: they have the default."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
