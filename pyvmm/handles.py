@@ -191,10 +191,6 @@ class VmHandle(Handle):
             kvm.KVM_IOEVENTFD, kvm.kvm_ioeventfd(fd=eventfd, addr=address, len=length, **flags)
         )
 
-    def irqfd(self, eventfd: int, gsi: int, flags: int = 0) -> None:
-        """Raise interrupt line `gsi` whenever `eventfd` is written."""
-        self.ioctl(kvm.KVM_IRQFD, kvm.kvm_irqfd(eventfd, gsi, flags))
-
 
 @functools.lru_cache(maxsize=64)  # a debugger steps with the same ones thousands of times
 def _guest_debug(fd: int, control: int, debugreg: tuple[int, ...]) -> Callable[[], int]:

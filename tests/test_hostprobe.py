@@ -59,7 +59,7 @@ def pyvmm(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_cpuid_offers_cmpxchg16b_to_kernels_only_where_it_works(tmp_path: Path) -> None:
     code = tmp_path / "kernel.bin"
     code.write_bytes(bytes.fromhex("b801000000 31c9 0fa2 f4"))  # eax = 1, ecx = 0; cpuid; hlt
-    with Machine(read_image(code)._replace(trusts_cpuid=True)) as machine:
+    with Machine(read_image(code)._replace(is_linux=True)) as machine:
         assert machine.run(timeout=PATIENCE).reason is StopReason.HALTED
         assert bool(machine.registers()["rcx"] >> 13 & 1) == host().cmpxchg16b
 

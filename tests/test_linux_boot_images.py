@@ -154,9 +154,9 @@ def test_a_bzimage_and_an_elf_file_with_a_pvh_note_are_linux_kernels(image_file)
 
 
 def test_what_cpuid_tells_is_made_true_for_linux_kernels_only(image_file) -> None:
-    assert read_image(image_file(bzimage())).trusts_cpuid
-    assert read_image(image_file(vmlinux())).trusts_cpuid
-    assert not read_image(image_file(elf_file(load_segment()))).trusts_cpuid
+    assert read_image(image_file(bzimage())).is_linux
+    assert read_image(image_file(vmlinux())).is_linux
+    assert not read_image(image_file(elf_file(load_segment()))).is_linux
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,10 @@ class Image(NamedTuple):
 
     `expects_pc` is whether the protocol promises the machine that a PC's boot loader leaves behind:
     with interrupt controllers and the tables that describe them, and with one processor running,
-    which starts the others. `trusts_cpuid` is whether the guest uses whatever CPUID offers: what
-    the host's KVM offers and cannot execute has to be hidden. `registers` are what the first
-    processor finds in registers, by their names in `kvm_regs`, or `kvm_sregs` ("cr4"); `selectors`
-    say the same of the segment registers, and of the GDT. `finish` is the protocol's part of
-    `finish_image`.
+    which starts the others. `is_linux` is whether the protocol is one of Linux's. `registers` are
+    what the first processor finds in registers, by their names in `kvm_regs`, or `kvm_sregs`
+    ("cr4"); `selectors` say the same of the segment registers, and of the GDT. `finish` is the
+    protocol's part of `finish_image`.
     """
 
     name: str
@@ -104,16 +103,11 @@ class Image(NamedTuple):
     append: str = ""
     modules: tuple[Module, ...] = ()
     expects_pc: bool = False
-    trusts_cpuid: bool = False
+    is_linux: bool = False
     registers: tuple[tuple[str, int], ...] = ()
     finish: Callable[[Image, RamRanges], Image] | None = None
     initrd: Module | None = None
     selectors: Selectors = Selectors()
-
-    @property
-    def is_linux(self) -> bool:
-        """Whether the boot protocol is one of Linux's."""
-        return self.kind.startswith(("Linux", "PVH"))
 
 
 class LoadOptions(NamedTuple):

@@ -130,7 +130,7 @@ def load(name: str, contents: bytes, options: LoadOptions) -> Image:
             Segment(gpa, memoryview(contents)[start:end], size, "kernel"),
         ),
         expects_pc=True,
-        trusts_cpuid=True,
+        is_linux=True,
         registers=(("rsi", INFORMATION_GPA),),
         selectors=_SELECTORS[mode],
         finish=finish,

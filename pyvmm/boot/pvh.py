@@ -98,7 +98,7 @@ def load(name: str, contents: bytes, options: LoadOptions) -> Image:
         kind=f"PVH {image.kind}",
         mode=Mode.PROTECTED,
         expects_pc=True,
-        trusts_cpuid=True,
+        is_linux=True,
         registers=(("rbx", INFORMATION_GPA), ("cr0", x86.CR0_PE | x86.CR0_ET), ("cr4", 0)),
         finish=finish,
     )
