@@ -130,8 +130,7 @@ def test_breakpoint_can_be_injected_where_there_was_none(mode: LabMode, length: 
 
 def test_breakpoint_is_handed_back_after_other_debug_exits_came_between() -> None:
     """A step or a hardware breakpoint must not change what the host adds to RIP."""
-    if not host().breakpoint:
-        return  # nothing to hand back: the tests above have asserted that
+    requires("breakpoint")  # else there is nothing to hand back
     with Bench(b"\x66\xcc" + NOP * 20) as bench:
         vm = bench.vm
         hit_int3(bench)
@@ -149,8 +148,8 @@ def test_breakpoint_is_handed_back_after_other_debug_exits_came_between() -> Non
 
 @pytest.mark.parametrize("form", ["cc", "66cc"])
 def test_int3_that_is_met_while_stepping_is_handed_back(form: str) -> None:
-    if not (host().step and host().breakpoint):
-        return
+    requires("breakpoint")
+    requires("step")
     code = bytes.fromhex(form)
     with Bench(NOP * 2 + code + NOP * 20) as bench:
         vm = bench.vm

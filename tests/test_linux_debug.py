@@ -15,7 +15,7 @@ from pyvmm.machine import Machine
 from tests.conftest import GUESTS
 from tests.gdb_client import gdb_batch, needs_gdb
 from tests.linux_memory import DIRECT_MAP, KERNEL_GPA, LINK_BASE, LOG, PAGE_TABLES, PRB, Ram
-from tests.rsp_client import RIP, Debuggee, RspClient, flat_image
+from tests.rsp_client import PATIENCE, RIP, Debuggee, RspClient, flat_image
 from tests.test_printk import Log
 
 pytestmark = pytest.mark.kvm
@@ -25,7 +25,7 @@ MOVED = 0x1460_0000
 START_KERNEL = LINK_BASE + MOVED + 0x1000
 
 
-def with_kernel(offset: int = MOVED, messages: int = 3, kind: str = "Linux") -> Debuggee:
+def with_kernel(offset: int = MOVED, messages: int = 3, is_linux: bool = True) -> Debuggee:
     """A Linux guest in which a kernel lies, which has moved itself by `offset`."""
 
     def prepare(machine: Machine) -> None:
@@ -37,11 +37,12 @@ def with_kernel(offset: int = MOVED, messages: int = 3, kind: str = "Linux") -> 
         end = KERNEL_GPA + (2 << 20)
         machine.vm.memory.write(KERNEL_GPA, ram.pages[KERNEL_GPA:end])
 
-    return Debuggee(flat_image(RESET)._replace(kind=kind), prepare=prepare)
+    return Debuggee(flat_image(RESET)._replace(is_linux=is_linux), prepare=prepare)
 
 
 def use_kernels_page_tables(debuggee: Debuggee) -> None:
     """As a kernel that runs: the guest's own do not have it."""
+    assert not debuggee.vm.wait_parked((0,), PATIENCE), "it does not wait for a debugger"
     handle = debuggee.vm.state(0)
     sregs = handle.get(kvm_sregs)
     sregs.cr3 = KERNEL_GPA + PAGE_TABLES
@@ -140,7 +141,7 @@ def test_after_a_reset_the_kernel_is_looked_for_anew() -> None:
 
 
 def test_in_another_guest_a_kernel_is_looked_for_only_when_it_is_asked_for() -> None:
-    with with_kernel(kind="test") as debuggee, debuggee.connect() as client:
+    with with_kernel(is_linux=False) as debuggee, debuggee.connect() as client:
         use_kernels_page_tables(debuggee)
         client.set_register(RIP, START_KERNEL)
         assert client.ask("qOffsets") == b""
