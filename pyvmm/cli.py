@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 exit status:
-  0        the guest ended by itself (hlt with interrupts off on all vCPUs, or power-off)
+  0        the guest ended by itself (hlt with interrupts off on all vCPUs, power-off)
   odd      the guest's own: it wrote V to port 0xf4, the status is (V << 1) | 1
   2        wrong usage, or an image that cannot be used
   4        the host or pyvmm failed (no /dev/kvm, no permission, ...)
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument(
         "--irqchip", choices=["auto", "on", "off"], default="auto",
         help="interrupt controllers, timer, and other vCPUs that wait for INIT and SIPI (default: "
-        "for several vCPUs, and for images that expect a PC)",
+        "for several vCPUs, for virtio devices, and for images that expect a PC)",
     )  # fmt: skip
     machine.add_argument("--append", default="", metavar="TEXT", help="the guest's command line")
     machine.add_argument(

@@ -401,7 +401,7 @@ FINDINGS = (
     ),
     Finding(
         "cmpxchg16b", "lock cmpxchg16b, CPL 0", lambda h: h.cmpxchg16b,
-        "kernels can use it", "fails, so CPUID hides it from kernels",
+        "kernels can use it", "fails, so CPUID hides it from Linux",
     ),
     Finding(
         "syscall-user", "syscall, CPL 3", lambda h: h.syscall_user,

@@ -12,8 +12,8 @@
     0xCF9        reset
 
 PICs, IOAPIC, LAPICs and the PIT are in the kernel, in a machine that has them.  COM1 and the two
-debug ports exist from the start.  The others are modules that are imported, and objects that are
-made, when the guest touches their ports: most guests touch few of them, and would wait for all.
+debug ports exist from the start.  The others are made when the guest touches their ports, and their
+modules imported then: most guests touch few of them, and would wait for all.
 """
 
 from __future__ import annotations
