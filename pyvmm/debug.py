@@ -108,17 +108,18 @@ class DebugServer:
         self._final: StopReport | None = None  # how the VM ended
         self._patience: float | None = None  # ms to wait: a stop that was claimed may get stuck
         self._kill_wanted = False
-        self.run_control = RunControl(machine.vm, self._wake_up, catch_int3)
-        self.target = MachineTarget(machine, self.run_control, symbols, self._kill)
         try:
             if str(address) != "stdio":
                 self._listener = _listen(address)
-                self._watch(self._listener, self._accept)
+                self._watch(self._listener.fileno(), self._accept)
         except OSError:
             os.close(self._wake)
             raise
         self._address = address
         self._watch(self._wake, self._on_wake)
+        # Only now is anything of the machine changed.
+        self.run_control = RunControl(machine.vm, self._wake_up, catch_int3)
+        self.target = MachineTarget(machine, self.run_control, symbols, self._kill)
         if wait:
             self.run_control.hold()
         self._wait = wait
@@ -202,19 +203,14 @@ class DebugServer:
         except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
             self.machine.fail(error)
 
-    def _watch(
-        self,
-        fd: int | socket.socket | _StdioSocket,
-        action: Callable[[], object],
-        events: int = _IN,
-    ) -> None:
+    def _watch(self, fd: int, action: Callable[[], object], events: int = _IN) -> None:
         """Call `action` whenever `fd` is ready, or has failed."""
         self._poll.register(fd, events)
-        self._actions[fd if isinstance(fd, int) else fd.fileno()] = action
+        self._actions[fd] = action
 
-    def _unwatch(self, sock: socket.socket | _StdioSocket) -> None:
-        self._poll.unregister(sock)
-        del self._actions[sock.fileno()]
+    def _unwatch(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self._actions[fd]
 
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
@@ -227,9 +223,8 @@ class DebugServer:
             self._patience = _STOP_SECONDS * 1000
             report = self.run_control.stop
             if report is not None and self._stop_is_complete():
-                crash, self.run_control.crash = self.run_control.crash, None
-                if crash is not None:
-                    connection.send_reply(console_output(f"{crash.message}\n{crash.report}\n"))
+                if report.message:
+                    connection.send_reply(console_output(report.message))
                 connection.send_reply(connection.stub.stop_reply(report))
                 self._send(connection)
         if self._kill_wanted and (connection is None or connection.flush()):
@@ -277,7 +272,7 @@ class DebugServer:
             return
 
         def answer() -> None:
-            self._unwatch(sock)
+            self._unwatch(sock.fileno())
             self._refused.remove(sock)
             with sock, suppress(OSError):
                 if sock.recv(_CHUNK):
@@ -285,13 +280,13 @@ class DebugServer:
 
         sock.setblocking(False)
         self._refused.append(sock)
-        self._watch(sock, answer)
+        self._watch(sock.fileno(), answer)
 
     def _connect(self, sock: socket.socket | _StdioSocket) -> None:
         self.run_control.attach()
         self._stop_is_complete()
         self._connection = Connection(sock, self.target)
-        self._watch(sock, self._on_bytes)
+        self._watch(self._connection.waits_for, self._on_bytes)
 
     def _on_bytes(self) -> bool:
         """Deal with what the debugger has sent; False when it was nothing."""
@@ -315,19 +310,19 @@ class DebugServer:
         """
         blocked = not connection.flush()
         if blocked != connection.blocked:
+            self._unwatch(connection.waits_for)
             connection.blocked = blocked
-            self._poll.modify(connection.socket, select.POLLOUT if blocked else _IN)
+            events = select.POLLOUT if blocked else _IN
+            self._watch(connection.waits_for, self._on_bytes, events)
 
     def _drop(self) -> None:
         """The debugger is gone."""
         connection = self._connection
         assert connection is not None
         connection.flush()
-        self._unwatch(connection.socket)
+        self._unwatch(connection.waits_for)
         connection.socket.close()
-        if connection.stub.session.phase not in (Phase.DETACHED, Phase.ENDED) or (
-            connection.stub.session.phase is Phase.DETACHED and self.run_control.stop is not None
-        ):
+        if connection.stub.session.phase not in (Phase.DETACHED, Phase.ENDED):
             self.target.detach()
         self._connection = None  # only now is the next one welcome
 
@@ -350,6 +345,13 @@ class Connection:
         self._target = target
         self.unsent = b""  # what could not be sent at once
         self.blocked = False  # the server waits until that can be sent, and reads nothing
+
+    @property
+    def waits_for(self) -> int:
+        """The descriptor that must be ready before anything can be done."""
+        if self.blocked and isinstance(self.socket, _StdioSocket):
+            return self.socket.output
+        return self.socket.fileno()
 
     def receive(self) -> bytes | None:
         """What has arrived; None when the debugger has gone."""
@@ -374,7 +376,8 @@ class Connection:
                 if self.link.acks:
                     self.link.acks = not self.stub.no_ack_mode
             elif event is Event.INTERRUPT:
-                self._target.interrupt()
+                if self.stub.owes_reply:  # else nobody would be told of the stop
+                    self._target.interrupt()
             else:
                 self.send_reply(self.stub.reject(event.value))
                 self._refused(b"")
@@ -406,17 +409,22 @@ class Connection:
 
 
 class _StdioSocket:
-    """stdin and stdout where a socket is expected: `target remote | pyvmm --gdb stdio`."""
+    """stdin and stdout where a socket is expected: `target remote | pyvmm --gdb stdio`.
+
+    Their mode is not ours to change (a parent shares them), so what would block is asked before.
+    """
 
     def __init__(self) -> None:
-        self._in, self._out = os.dup(0), os.dup(1)
+        self._in, self.output = os.dup(0), os.dup(1)
+        self._poll = select.poll()
+        self._poll.register(self.output, select.POLLOUT)
 
     def fileno(self) -> int:
-        """For poll()."""
+        """What is read from."""
         return self._in
 
     def setblocking(self, blocking: bool) -> None:
-        """stdin and stdout are shared with our parent: their mode is not ours to change."""
+        """It never blocks."""
 
     def recv(self, size: int) -> bytes:
         """See socket.recv."""
@@ -424,12 +432,14 @@ class _StdioSocket:
 
     def send(self, data: bytes) -> int:
         """See socket.send."""
-        return os.write(self._out, data)
+        if not self._poll.poll(0):
+            raise BlockingIOError
+        return os.write(self.output, data[: select.PIPE_BUF])  # so much has room (pipe(7))
 
     def close(self) -> None:
         """Give back the descriptors; the originals stay open."""
         os.close(self._in)
-        os.close(self._out)
+        os.close(self.output)
 
 
 def _listen(address: Address) -> socket.socket:

@@ -123,7 +123,7 @@ class MachineTarget:
         """See Target."""
         if self._symbols is None:
             return None
-        path = self._symbols
+        path, bits = self._symbols, elf_bits(self._symbols)
 
         def pread(offset: int, length: int) -> bytes:
             with open(path, "rb") as file:
@@ -131,7 +131,7 @@ class MachineTarget:
                 return file.read(length)
 
         try:
-            return ExecFile(path, os.stat(path).st_size, pread)
+            return ExecFile(path, bits, os.stat(path).st_size, pread) if bits else None
         except OSError:  # removed since
             return None
 

@@ -41,7 +41,6 @@ from pyvmm.breakpoints import Breakpoints
 from pyvmm.cpustate import Register
 from pyvmm.debuggedset import ALL
 from pyvmm.hypervisor import VM
-from pyvmm.stop import Stop
 from pyvmm.target import (
     SIGABRT,
     SIGINT,
@@ -96,7 +95,6 @@ class RunControl:
         self._running: frozenset[int] = frozenset()  # whom the debugger resumed last; none: all
         self._newcomers_run = True
         self._states: dict[int, VcpuState] = {}
-        self.crash: Stop | None = None  # the guest cannot go on, and why
 
     def handlers(self) -> dict[type, Handler]:
         """What replaces rows of vcpu.HANDLERS."""
@@ -224,6 +222,7 @@ class RunControl:
                 self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, False)
 
     def _state(self, vcpu_id: int) -> VcpuState:
+        """Made when it is first asked for: vCPUs can be added (with _lock held)."""
         state = self._states.get(vcpu_id)
         if state is None:
             state = self._states[vcpu_id] = VcpuState()
@@ -256,8 +255,8 @@ class RunControl:
         Another vCPU may own the stop: then wait, and try again when resumed.  `still_valid` is
         asked before each try, by whoever resumes or by us; when it says no the event is discarded.
         """
-        state = self._state(cpu.vcpu_id)
         with self._lock:
+            state = self._state(cpu.vcpu_id)
             state.owed, state.still_valid, state.stepped = report, still_valid, stepped
         while True:
             with self._lock:
@@ -300,14 +299,17 @@ class RunControl:
     def _on_mtrap(self, cpu: VcpuThread, exit: exits.Mtrap) -> None:
         """A step is done: report it, unless it is one of a range and still inside."""
         vcpu_id = cpu.vcpu_id
-        state = self._state(vcpu_id)
-        action = state.stepping
+        action = self._stepping(vcpu_id)
         if action is None:  # called off while it was under way
             return
         if action.kind is ActionKind.RANGE_STEP and action.start <= self._pc(vcpu_id) < action.end:
             return
         self._end_step(vcpu_id)
         self._report(cpu, StopReport(vcpu_id), stepped=True)
+
+    def _stepping(self, vcpu_id: int) -> Action | None:
+        with self._lock:
+            return self._state(vcpu_id).stepping
 
     def _end_step(self, vcpu_id: int) -> None:
         with self._lock:
@@ -322,7 +324,7 @@ class RunControl:
         if not hits:
             self._guests_own_db(vcpu_id, exit.dr6)
             return
-        stepped = self._state(vcpu_id).stepping is not None and exit.dr6 & x86.DR6_BS
+        stepped = self._stepping(vcpu_id) is not None and exit.dr6 & x86.DR6_BS
         hits = [w for w in hits if not self.breakpoints.only_written(vcpu_id, w)]
         if not hits:
             if stepped:
@@ -350,9 +352,9 @@ class RunControl:
     def _on_crash(self, cpu: VcpuThread, exit: exits.Exit) -> None:
         """The guest cannot go on: let the debugger look at it before the VM ends."""
         stop = cpu.machine.crash(cpu.vcpu_id, exit)
-        self.crash = stop
         signal = SIGSEGV if isinstance(exit, exits.Shutdown) else SIGABRT
-        self._report(cpu, StopReport(cpu.vcpu_id, signal))
+        why = f"{stop.message}\n{stop.report}\n"
+        self._report(cpu, StopReport(cpu.vcpu_id, signal, message=why))
         raise StopVm(stop)
 
     def _pc(self, vcpu_id: int) -> int:

@@ -20,8 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyvmm import targetxml
+from pyvmm.registers import Architecture
 from pyvmm.session import MAX_DATA, PacketError, Session, parse_hex, split_numbers, unhex
-from pyvmm.target import ExecFile, Target
+from pyvmm.target import ExecFile
 
 # ---- Documents ----
 
@@ -46,8 +47,16 @@ def _memory_map(session: Session, annex: bytes) -> bytes:
 
 def _exec_file(session: Session, annex: bytes) -> bytes:
     """The path of the executable; the annex, a process id, can only be ours."""
-    exec_file = session.target.exec_file()
+    exec_file = _the_file(session)
     return _path(exec_file) if exec_file else b""
+
+
+def _the_file(session: Session) -> ExecFile | None:
+    """The executable, unless gdb could not use it with the description that it has: of an ELF32
+    whose code is 64-bit by now it only says that it does not recognize the file."""
+    exec_file = session.target.exec_file()
+    wide = session.layout.architecture is Architecture.X86_64
+    return exec_file if exec_file and (exec_file.bits == 64 or not wide) else None
 
 
 def _path(exec_file: ExecFile) -> bytes:
@@ -61,20 +70,20 @@ class Document:
 
     name: bytes
     make: Callable[[Session, bytes], bytes]
-    exists: Callable[[Target], bool] = lambda target: True
+    exists: Callable[[Session], bool] = lambda session: True
 
 
 DOCUMENTS = (
     Document(b"features", _features),
     Document(b"threads", _threads),
-    Document(b"memory-map", _memory_map, lambda target: target.memory_map() is not None),
-    Document(b"exec-file", _exec_file, lambda target: target.exec_file() is not None),
+    Document(b"memory-map", _memory_map, lambda session: session.target.memory_map() is not None),
+    Document(b"exec-file", _exec_file, lambda session: _the_file(session) is not None),
 )
 
 
 def offered(session: Session) -> list[Document]:
     """The documents that this target has."""
-    return [document for document in DOCUMENTS if document.exists(session.target)]
+    return [document for document in DOCUMENTS if document.exists(session)]
 
 
 def read_document(session: Session, args: bytes) -> bytes:
@@ -127,7 +136,7 @@ def _open(session: Session, args: bytes) -> bytes:
     text, _, numbers = args.partition(b",")
     flags, _mode = split_numbers(numbers, 2)
     path = unhex(text)
-    exec_file = session.target.exec_file()
+    exec_file = _the_file(session)
     if not exec_file or path != _path(exec_file):
         raise _FileError(_ENOENT)
     if flags != _O_RDONLY:

@@ -118,7 +118,8 @@ def _first(wanted: list[tuple[Action | None, int]], thread: int, stopped: int) -
 
 def interrupt(session: Session, args: bytes) -> bytes:
     """vCtrlC: like 0x03, but with a reply."""
-    session.target.interrupt()
+    if session.phase is Phase.RUNNING:  # else nobody would be told of the stop
+        session.target.interrupt()
     return b"OK"
 
 

@@ -63,6 +63,7 @@ class StopReport(NamedTuple):
     kind: StopKind = StopKind.SIGNAL
     gva: int = 0  # of the data, if WATCH, RWATCH or AWATCH
     status: int = 0  # the exit status, if EXITED
+    message: str = ""  # for the user to read
 
 
 class ActionKind(Enum):
@@ -106,6 +107,7 @@ class ExecFile:
     """The one file that is ever served: the image's ELF, with its symbols."""
 
     path: str  # absolute: gdb asks for it by this name
+    bits: int  # 32 or 64: the class of the ELF
     size: int  # bytes
     # (offset, length in bytes) -> at most so many bytes; may raise OSError
     pread: Callable[[int, int], bytes]
@@ -135,8 +137,7 @@ class Target(Protocol):
         """Whether the guest has AVX registers. Asked together with architecture()."""
 
     def exec_file(self) -> ExecFile | None:
-        """The file with the symbols, if there is one and its ELF class fits architecture(): gdb
-        cannot use another (see registers.py). Also called while the VM runs."""
+        """The file with the symbols, if there is one. Also called while the VM runs."""
 
     def moved_base(self) -> int | None:
         """The GVA at which a kernel begins that has moved itself (KASLR): not where its ELF file

@@ -392,6 +392,24 @@ def test_stdio_speaks_packets_there_and_prints_the_guests_output_on_stderr() -> 
 
 @pytest.mark.process
 @kvm
+def test_stdio_that_nobody_reads_is_not_waited_for() -> None:
+    """Replies of more than a pipe holds; they all come when somebody reads, and ^C ends it."""
+    with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
+        pipes = _Pipes(server.process)
+        assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
+        pipes.input.write(frame(b"m100000,10000") * 4)
+        pipes.input.flush()
+        time.sleep(0.2)
+        assert len(pipes.ask(b"qC")) > 1000, "the first reply"
+        pipes.input.write(frame(b"m100000,10000") * 4)
+        pipes.input.flush()
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 143
+
+
+@pytest.mark.process
+@kvm
 def test_stdio_that_is_closed_lets_the_guest_run_on() -> None:
     with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
         pipes = _Pipes(server.process)
@@ -488,6 +506,20 @@ def test_detach_and_attach_on_the_same_connection() -> None:
         client.go()
         debuggee.wait_counts()
         assert client.break_in().signal == 2
+
+
+@kvm
+@pytest.mark.parametrize("interrupt", [b"\x03", frame(b"vCtrlC")])
+def test_an_interrupt_after_a_detach_stops_nobody(interrupt: bytes) -> None:
+    """Nobody would be told of the stop."""
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        client.ok("D")
+        client.send_raw(interrupt + frame(b"vMustReplyEmpty"))
+        while client.receive() == b"OK":
+            pass
+        debuggee.wait_counts()
+        client.close()
+        debuggee.wait_counts()
 
 
 @kvm
@@ -649,6 +681,7 @@ def test_a_port_in_use_raises_and_leaves_nothing_open() -> None:
                 DebugServer(machine, Address(*taken.getsockname()))
             assert len(os.listdir("/proc/self/fd")) == before
             assert machine.debug_server is None
+            assert machine.run(timeout=0.05).reason is StopReason.TIMEOUT, "as if never tried"
 
 
 @kvm

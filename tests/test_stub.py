@@ -60,7 +60,7 @@ def resumed(target: FakeTarget) -> tuple[dict[int, Action], bool]:
 
 
 def test_what_is_advertised_works(stub: Stub, target: FakeTarget) -> None:
-    target.file = ExecFile("/hello.elf", 4, lambda offset, length: b"\x7fELF"[offset:][:length])
+    target.file = ExecFile("/hello.elf", 64, 4, lambda offset, length: b"\x7fELF"[offset:][:length])
     target.ranges = [(0, 1 << 63)]
     reply = stub.handle(GDB)
     assert reply is not None
@@ -750,7 +750,7 @@ CONTENT = bytes(range(256)) * 1000
 def served(stub: Stub, target: FakeTarget) -> Stub:
     """A session with an executable, whose path needs escapes and is not ASCII."""
     target.file = ExecFile(
-        "/guests/é*.elf", len(CONTENT), lambda offset, length: CONTENT[offset : offset + length]
+        "/guests/é*.elf", 64, len(CONTENT), lambda offset, length: CONTENT[offset : offset + length]
     )
     return stub
 
@@ -825,7 +825,18 @@ def test_files_that_are_not_open(packet: bytes, served: Stub) -> None:
     assert served.handle(b"vFile:" + packet) == b"F-1,9"
 
 
+def test_a_32_bit_executable_is_not_offered_with_a_64_bit_description(target: FakeTarget) -> None:
+    """gdb would fetch it only to say that it does not recognize it."""
+    target.file = ExecFile("/hello.elf", 32, 4, lambda offset, length: b"\x7fELF")
+    path = b"/hello.elf".hex().encode()
+    for architecture, offered in ((Architecture.I386, True), (Architecture.X86_64, False)):
+        target.arch = architecture
+        stub = Stub(target)
+        assert (b"exec-file" in (stub.handle(b"qSupported") or b"")) is offered
+        assert (stub.handle(b"vFile:open:%b,0,0" % path) == b"F0") is offered
+
+
 def test_a_path_is_told_as_the_host_spells_it(stub: Stub, target: FakeTarget) -> None:
-    target.file = ExecFile("/guests/\udcff.elf", 0, lambda o, n: b"")
+    target.file = ExecFile("/guests/\udcff.elf", 64, 0, lambda o, n: b"")
     assert stub.handle(b"qXfer:exec-file:read::0,1000") == b"l/guests/\xff.elf"
     assert stub.handle(b"vFile:open:2f6775657374732fff2e656c66,0,0") == b"F0"

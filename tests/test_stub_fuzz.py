@@ -50,7 +50,9 @@ class Server:
         self.chance = chance
         self.target = FakeTarget()
         content = chance.randbytes(1000)
-        self.target.file = ExecFile("/guest.elf", 1000, lambda at, count: content[at : at + count])
+        self.target.file = ExecFile(
+            "/guest.elf", 64, 1000, lambda at, count: content[at : at + count]
+        )
         self.stub, self.link = Stub(self.target), Link()
 
     def receive(self, data: bytes) -> bytes:
