@@ -41,7 +41,8 @@ class Stepper:
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._lock = threading.Lock()  # held while traps are planted, also over KVM_RUN
+        # Held while traps are planted, or the guard is lifted, also over KVM_RUN.
+        self._lock = threading.RLock()
         self._traps = StepTraps(memory)
         # By vcpu_id: its system registers as they were last, and what was made of them.
         self._known: dict[int, tuple[bytes, emulate.Cpu, x86.CpuMode]] = {}
@@ -220,16 +221,20 @@ class Stepper:
         return None if isinstance(exit, exits.Mtrap) else exit
 
     def _step_without_guard(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
-        """Step over the first instruction of the #GP handler, with the guest's byte in place."""
-        guard = vm.guard
-        if guard is None:  # taken away by a debugger in this moment
-            return self.step(vm, vcpu)
-        vm.memory.write(guard.gpa, bytes((guard.original,)))
-        try:
-            return self.step(vm, vcpu)
-        finally:
-            if vm.guard is guard:
-                vm.memory.write(guard.gpa, b"\xf4")
+        """Step over the first instruction of the #GP handler, with the guest's byte in place.
+
+        Another vCPU that meets a breakpoint in ring 3 just then has its #GP delivered to the guest.
+        """
+        with self._lock:
+            guard = vm.guard
+            if guard is None:  # taken away by a debugger in this moment
+                return self._step_from(vm, vcpu, *self._look(vm, vcpu))
+            vm.memory.write(guard.gpa, bytes((guard.original,)))
+            try:
+                return self._step_from(vm, vcpu, *self._look(vm, vcpu))
+            finally:
+                if vm.guard is guard:
+                    vm.memory.write(guard.gpa, b"\xf4")
 
 
 def _waits_in_kernel(vcpu: VcpuRecord) -> bool:

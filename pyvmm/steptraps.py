@@ -22,7 +22,7 @@ from pyvmm import x86
 from pyvmm.emulate import CannotComplete, Cpu, load_descriptor
 from pyvmm.kvm import kvm_regs
 from pyvmm.light import NamedTuple
-from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.memory import GuestMemory, Unchanged, VirtualMemory
 from pyvmm.x86 import CpuMode
 
 HLT, INT3 = 0xF4, 0xCC
@@ -51,7 +51,10 @@ class StepTraps:
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._key: object = None  # what _handlers was made from: IDT contents and paging
+        # What _handlers was made from: IDT and paging registers, and the handlers' own entries in
+        # the page tables.
+        self._key: object = None
+        self._mappings = Unchanged(memory, ())
         self._handlers: list[_Handler] = []
         self._gvas: frozenset[int] = frozenset()  # of _handlers
         self._traps: list[_Trap] = []  # of _handlers: one for each GPA
@@ -137,7 +140,11 @@ class StepTraps:
         return vectors
 
     def _find_traps(self, cpu: Cpu) -> list[_Trap]:
-        """Traps for the handlers that the IDT names now; found anew when it or paging changes."""
+        """Traps for the handlers that the IDT names now.
+
+        They are found anew when it changes, or where they are mapped: a trap at an old place would
+        be in memory that is something else's by now.
+        """
         sregs = cpu.sregs
         limit = sregs.idt.limit
         if limit < _SMALLEST_ENTRY - 1:
@@ -151,8 +158,11 @@ class StepTraps:
         except Exception:  # no IDT that could be read: nothing to trap
             return []
         key = (idt, cpu.mode, sregs.cr0, sregs.cr3, sregs.cr4, sregs.gdt.base)
-        if key != self._key:
+        if key != self._key or not self._mappings.holds():
             virtual = VirtualMemory(self._memory, sregs)
+            pages = {gva & ~0xFFF for _, gva in _handler_addresses(cpu, idt)}
+            entries = {gpa: data for gva in pages for gpa, data in virtual.entries(gva)}
+            self._mappings = Unchanged(self._memory, entries.items())
             table = range(
                 sregs.idt.base, sregs.idt.base + size
             )  # an IVT full of zeros names itself

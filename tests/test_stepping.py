@@ -11,8 +11,19 @@ import pytest
 
 from pyvmm import exits, kvm, x86
 from pyvmm.hypervisor import Capability, Register
-from pyvmm.lab import CODE, DATA, HANDLERS, IDT, KERNEL_CODE, KERNEL_DATA, STACK, LabMode
-from tests.support import MMIO_GVA, Bench, requires
+from pyvmm.lab import (
+    CODE,
+    DATA,
+    HANDLERS,
+    IDT,
+    KERNEL_CODE,
+    KERNEL_DATA,
+    PAGE_TABLES,
+    STACK,
+    LabMode,
+)
+from pyvmm.vcpurecord import Guard
+from tests.support import MMIO_GVA, Bench, cycles, requires
 
 pytestmark = pytest.mark.kvm
 
@@ -214,6 +225,65 @@ def test_a_vcpu_that_faults_while_another_steps_still_reaches_its_handler() -> N
             assert bench.vm.get_register(0, Register.RIP) == 0x40001 + n
         bench.wait_runs(1)
         assert bench.memory.read(0x30000, len(handler)) == handler
+
+
+def test_a_handler_that_the_guest_has_mapped_elsewhere_is_found_there() -> None:
+    """With the same CR3. Its old page is something else's by then, and is left alone."""
+    handler, tables, first_page, second_page = 0x40_0000, 0x30000, 0x31000, 0x32000
+    # ud2; mov [rdi], rax; invlpg [handler]; ud2
+    code = b"\x0f\x0b" + b"\x48\x89\x07" + b"\x0f\x01\x3c\x25\x00\x00\x40\x00" + b"\x0f\x0b"
+    with prepared(code, LabMode.LONG) as bench:
+        bench.write(PAGE_TABLES + 0x2000 + 16, (tables | 3).to_bytes(8, "little"))
+        bench.write(tables, (first_page | 3).to_bytes(8, "little"))
+        for page in (first_page, second_page):
+            bench.write(page, NOPS)
+        gate = struct.pack("<HHHHQ", handler & 0xFFFF, KERNEL_CODE, 0x8E00, handler >> 16, 0)
+        bench.write(IDT + 16 * x86.VECTOR_UD, gate)
+        vm = bench.vm
+        assert step(bench) == exits.Mtrap()
+        assert vm.get_register(0, Register.RIP) == handler
+        vm.set_register(0, Register.RDI, tables)
+        vm.set_register(0, Register.RAX, second_page | 3)
+        vm.set_register(0, Register.RIP, CODE + 2)
+        seen: list[int] = []
+        vm.memory.write(first_page, b"\xc3" * 8)
+        for _ in range(3):
+            assert step(bench) == exits.Mtrap()
+            seen.append(vm.get_register(0, Register.RIP))
+        assert seen == [CODE + 5, CODE + 13, handler]
+        assert vm.memory.read(first_page, 8) == b"\xc3" * 8
+        assert vm.memory.read(second_page, 8) == NOPS
+
+
+def test_steps_into_the_gp_handler_while_another_vcpu_goes_through_its_guard() -> None:
+    """The guard (of breakpoints in ring 3) and the trap of a step are on the same byte."""
+    # mov eax, 0xfff8; 1: mov ds, eax; jmp 1b, and a handler of #GP that counts and skips the mov
+    fault_forever = b"\xb8\xf8\xff\0\0" + b"\x8e\xd8" + b"\xeb\xfc"
+    # inc [rdi]; add rsp, 8; add [rsp], 2; iretq
+    handler = b"\x48\xff\x07" + b"\x48\x83\xc4\x08" + b"\x48\x83\x04\x24\x02" + b"\x48\xcf"
+    gp_handler, faulting = 0x30000, 0x40000
+    with Bench(fault_forever, cpus=2) as bench:
+        bench.write(gp_handler, handler)
+        gate = struct.pack("<HHHHQ", gp_handler & 0xFFFF, KERNEL_CODE, 0x8E00, gp_handler >> 16, 0)
+        bench.write(IDT + 16 * x86.VECTOR_GP, gate)
+        bench.write(faulting, b"\x8e\xd8")
+        vm = bench.vm
+        vm.hlt_traps.add(faulting + 0x1000)  # as if in ring 3
+        vm.guard = Guard(gp_handler, handler[0])
+        bench.write(gp_handler, b"\xf4")
+        bench.start(1)
+        bench.wait_runs(1)
+        bench.activate()
+        vm.set_register(0, Register.RAX, 0xFFF8)
+        vm.set_capability(0, Capability.MTRAP_EXIT, True)
+        for _ in range(cycles(1000)):
+            vm.set_register(0, Register.RIP, faulting)
+            vm.set_register(0, Register.RSP, STACK)
+            assert step(bench) == exits.Mtrap()
+            assert vm.get_register(0, Register.RIP) == gp_handler
+        bench.wait_runs(1)
+        bench.park(1)
+        assert vm.memory.read(gp_handler, len(handler)) == b"\xf4" + handler[1:]
 
 
 # --- steps in a range ---------------------------------------------------------------------------
