@@ -191,7 +191,7 @@ def _bytes(value: Value) -> bytes:
 
 
 def has_avx(vcpu: handles.VcpuHandle) -> bool:
-    """Whether XCR0 or the guest's CPUID lets AVX state exist: the area has room and is accepted."""
+    """Whether the guest's CPUID says that it has AVX."""
     cpuid = kvm.flexible(kvm.kvm_cpuid2, kvm.kvm_cpuid_entry2, 256)()
     cpuid.header.nent = 256
     try:

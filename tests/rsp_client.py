@@ -286,10 +286,15 @@ class Debuggee:
         catch_int3: bool = False,
         prepare: Callable[[Machine], None] | None = None,
         symbols: str | None = None,
+        memory: int = RAM,
+        **machine: Any,
     ) -> None:
-        """`prepare` is called before the machine runs: for devices and memory contents."""
+        """`prepare` is called before the machine runs: for devices and memory contents.
+
+        What is not named here is for Machine.
+        """
         image = flat_image(guest) if isinstance(guest, bytes) else guest
-        self.machine = Machine(image, cpus=cpus, memory=RAM, irqchip=irqchip)
+        self.machine = Machine(image, cpus=cpus, memory=memory, irqchip=irqchip, **machine)
         if prepare is not None:
             prepare(self.machine)
         try:
