@@ -25,7 +25,7 @@ from pyvmm.emulate import CannotComplete, Cpu, or_undo
 from pyvmm.light import Protocol
 from pyvmm.x86 import CpuMode
 
-CR0_TS, CR4_OSXSAVE = 1 << 3, 1 << 18
+CR0_TS, CR4_OSXSAVE, CR4_CET = 1 << 3, 1 << 18, 1 << 23
 RFLAGS_ZF, RFLAGS_AC = 1 << 6, 1 << 18
 RFLAGS_ARITHMETIC = 0x8D5  # CF, PF, AF, ZF, SF and OF
 X87_EXCEPTIONS = 0x3F  # in the status word, and their masks in the control word
@@ -91,6 +91,13 @@ def _clac_or_stac(cpu: Cpu, extended: ExtendedState, prefixes: bytes, rest: byte
     cpu.advance(3)
 
 
+def _reserved_nop(cpu: Cpu, extended: ExtendedState, prefixes: bytes, rest: bytes) -> None:
+    """rdssp, which reads nothing while there are no shadow stacks; endbr64."""
+    if cpu.sregs.cr4 & CR4_CET:
+        raise CannotComplete("there may be one")
+    cpu.advance(operands.decode(cpu, prefixes, rest, 2).length)
+
+
 def _fwait(cpu: Cpu, extended: ExtendedState, prefixes: bytes, rest: bytes) -> None:
     """Nothing, unless an x87 exception is pending: then its #MF is left to the host."""
     control, status = struct.unpack_from("<HH", extended.read())
@@ -104,5 +111,6 @@ COMPLETIONS: tuple[tuple[bytes, Callable[[Cpu, ExtendedState, bytes, bytes], Non
     (b"\x0f\xb8", _popcnt),
     (b"\x0f\x01\xca", _clac_or_stac),
     (b"\x0f\x01\xcb", _clac_or_stac),
+    (b"\x0f\x1e", _reserved_nop),
     (b"\x9b", _fwait),
 )

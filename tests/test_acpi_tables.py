@@ -6,8 +6,11 @@ import struct
 
 import pytest
 
-from pyvmm.boot import acpi, mptable, tables
+from pyvmm.boot import Mode, acpi, mptable, tables
 from pyvmm.boot.layout import RESERVED
+from pyvmm.stop import StopReason
+from tests.rsp_client import flat_image
+from tests.smp_guests import pc
 
 CPUS = (1, 2, 8, 255)
 
@@ -284,6 +287,24 @@ def test_the_bios_data_area_says_where_to_search() -> None:
         24,
     )
     assert memory.number(0x463, 2) == 0x3D4
+
+
+@pytest.mark.kvm
+def test_a_call_of_the_firmware_fails_and_returns() -> None:
+    """In real mode: a kernel that asks a BIOS must not run away through zeros."""
+    # clc; mov ax, 0xe820; mov bp, 0x1234; int 0x15; jnc bad; cmp bp, 0x1234; jne bad; mov al, 3
+    # out 0xf4, al; bad: hlt
+    code = "f8 b820e8 bd3412 cd15 730a 81fd3412 7504 b003 e6f4 f4"
+    with pc(flat_image(bytes.fromhex(code), Mode.REAL, 0x7C00)) as machine:
+        stop = machine.run(timeout=20)
+        assert (stop.reason, stop.status) == (StopReason.DEBUG_EXIT, 7)
+
+
+@pytest.mark.kvm
+def test_a_jump_to_the_reset_vector_resets() -> None:
+    jump = bytes.fromhex("ea 0000 ffff")  # jmp 0xffff:0
+    with pc(flat_image(jump, Mode.REAL, 0x7C00), reboot=False) as machine:
+        assert machine.run(timeout=20).reason is StopReason.RESET
 
 
 def test_the_tables_stay_inside_what_is_reserved_for_them() -> None:

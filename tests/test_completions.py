@@ -174,6 +174,16 @@ def test_stac_and_clac() -> None:
     Guest(PROTECTED).leaves("0f01ca")
 
 
+def test_rdssp_reads_nothing_where_there_are_no_shadow_stacks() -> None:
+    guest = Guest(rsi=1)
+    guest.completes("f3480f1ece")  # rdsspq rsi
+    assert guest.cpu.regs.rsi == 1
+    Guest().completes("f30f1efa")  # endbr64
+    guest = Guest()
+    guest.sregs.cr4 |= 1 << 23  # CET
+    guest.leaves("f3480f1ece")
+
+
 def test_fwait_waits_for_nothing_unless_an_exception_is_pending() -> None:
     Guest().completes("9b")
     pending = Extended()

@@ -2,7 +2,7 @@
 
 The first megabyte of every PC, and so of a guest that expects one:
 
-    0x00400  the BIOS data area
+    0x00000  real mode's interrupt vectors, and at 0x400 the BIOS data area
     0x09000  what the boot protocol tells the guest, and points a register to
     0x9FC00  the extended BIOS data area (EBDA): the end of "base memory"
     0xA0000  the screen
@@ -31,7 +31,7 @@ MMIO_HOLE = 3 * GIB, GIB  # GPA, bytes: RAM that would lie here continues at 4 G
 
 # What an image must not overlap in a PC, as check_fits() takes it: GPA, bytes, name.
 RESERVED = [
-    (BIOS_DATA_GPA, BIOS_DATA_BYTES, "the BIOS data area"),
+    (0, BIOS_DATA_GPA + BIOS_DATA_BYTES, "the BIOS data area"),
     (EBDA_GPA, MIB - EBDA_GPA, "the screen and the firmware"),
 ]
 

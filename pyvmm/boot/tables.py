@@ -1,11 +1,14 @@
 """What a PC's firmware leaves in the first megabyte, for kernels that look for it.
 
+    0x00000  interrupt vectors of real mode
     0x00400  BIOS data area: where the EBDA is, and what is in the machine
     0x9FC00  EBDA: its own size
     0xE0000  ACPI tables, with the RSDP first
     0xF0000  MP table, with its floating pointer first
+    0xFF000  what all vectors lead to, and at 0xFFFF0 what resets the machine
 
-There is no firmware, so nothing else is there: no interrupt vectors, and no code to call.
+There is no firmware.  A kernel that calls it all the same (Xen goes back to real mode to ask for
+the memory map, disks and video) is told that there is no such function.
 
 Source: for the BIOS data area, IBM Personal System/2 and Personal Computer BIOS Interface Technical
 Reference, "Data Areas and ROM Tables".
@@ -25,6 +28,12 @@ from pyvmm.memory import GuestMemory
 
 RSDP_GPA = FIRMWARE_GPA
 MP_POINTER_GPA = 0xF_0000
+
+VECTORS = 256
+NO_FUNCTION_GPA, RESET_GPA = 0xF_F000, 0xF_FFF0
+# 16-bit code.  push bp; mov bp, sp; or byte [bp + 6], 1; pop bp; iret: the caller finds CF set.
+_NO_FUNCTION = bytes.fromhex("55 89e5 804e0601 5d cf")
+_RESET = bytes.fromhex("b0fe e664 f4")  # mov al, 0xfe; out 0x64, al; hlt
 
 HAS_FPU, TEXT_80_COLOR, ONE_SERIAL_PORT = 1 << 1, 2 << 4, 1 << 9  # bits of the equipment word
 
@@ -49,6 +58,10 @@ def write_tables(memory: GuestMemory, cpus: int, virtio: Sequence[acpi.MmioDevic
 
     Raises ValueError for more processors than the tables can name.
     """
+    vector = struct.pack("<HH", NO_FUNCTION_GPA & 0xFFFF, NO_FUNCTION_GPA >> 4 & 0xF000)
+    memory.write(0, vector * VECTORS)
+    memory.write(NO_FUNCTION_GPA, _NO_FUNCTION)
+    memory.write(RESET_GPA, _RESET)
     for offset, form, value in _BIOS_DATA:
         memory.write(BIOS_DATA_GPA + offset, struct.pack(form, value))
     memory.write(EBDA_GPA, bytes((EBDA_BYTES // KIB,)))
