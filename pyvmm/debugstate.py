@@ -71,7 +71,10 @@ def _read_xsave(area: bytes) -> Mapping[str, Value]:
 
 
 def write(vcpu: handles.VcpuHandle, updates: Mapping[str, Value]) -> None:
-    """Write some registers.  Raises OSError when KVM refuses a value; earlier ones are put back."""
+    """Write some registers: all, or none and OSError if a value does not fit or KVM refuses it."""
+    for name, value in updates.items():
+        if name in _16_BITS and _int(value) >> 16:
+            raise OSError(errno.EINVAL, f"the register {name} has 16 bits")
     undo: list[Callable[[], None]] = []
     try:
         for names, write_some in (
@@ -94,6 +97,8 @@ def write(vcpu: handles.VcpuHandle, updates: Mapping[str, Value]) -> None:
 
 
 _X87_WORDS = ("fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop")
+# In packets these have 32 bits.
+_16_BITS = frozenset((*_SELECTORS, *_X87_WORDS)) - {"fioff", "fooff"}
 
 
 def _write_general(vcpu: handles.VcpuHandle, updates: Values) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from pyvmm.debug import DebugServer, parse_address
 from pyvmm.debuggedset import ALL
 from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
+from pyvmm.registers import Architecture, layout
 from pyvmm.stop import StopReason
 from pyvmm.x86 import CR0_PG, CR4_PAE, DR6_BS, RFLAGS_TF
 from tests.conftest import GUESTS
@@ -1061,6 +1062,51 @@ def test_registers_of_another_thread_are_written_to_it() -> None:
         client.set_register(RSI, 0xAAAA, 0)
         client.set_register(RSI, 0xBBBB, 1)
         assert (client.register(RSI, 0), client.register(RSI, 1)) == (0xAAAA, 0xBBBB)
+
+
+def test_a_value_too_wide_for_its_register_is_refused_and_nothing_is_written() -> None:
+    """gdb sees 32 bits where the processor has 16: `set $fctrl = 0x10000`."""
+    x87, selectors = ("fctrl", "fstat", "ftag", "fiseg", "foseg", "fop"), ("cs", "ss", "ds", "gs")
+    with debugging(COUNT) as (client, _):
+        registers = layout(Architecture.X86_64, _has_avx(client))
+        before = client.ask("g")
+        for name in (*x87, *selectors):
+            with pytest.raises(Refused):
+                client.set_register(registers.number_of[name], 0x1_0000, size=4)
+            assert client.monitor("error") == f"the register {name} has 16 bits\n"
+            data = bytearray.fromhex(before.decode())
+            data[0] ^= 1  # rax, too
+            end = sum(row.size for row in registers.registers[: registers.number_of[name] + 1])
+            data[end - 1] = 1
+            with pytest.raises(Refused):
+                client.ok(b"G" + data.hex().encode())
+            assert client.ask("g") == before, name
+
+
+def _has_avx(client: RspClient) -> bool:
+    return b"avx" in client.ask("qXfer:features:read:target.xml:0,7000")
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_ones_or_zeros_in_any_register_are_taken_or_refused_and_the_guest_lives(mode: Mode) -> None:
+    if mode is Mode.REAL:
+        requires("real-mode")
+    architecture = {Mode.REAL: Architecture.I8086, Mode.PROTECTED: Architecture.I386}.get(
+        mode, Architecture.X86_64
+    )
+    forever = bytes.fromhex("90 ebfd")
+    with Debuggee(flat_image(forever, mode, 0x8000)) as debuggee, debuggee.connect() as client:
+        registers = layout(architecture, _has_avx(client))
+        for number, row in enumerate(registers.registers):
+            before = client.ask(f"p{number:x}").decode()
+            for byte in ("ff", "00"):
+                reply = client.ask(f"P{number:x}={byte * row.size}")
+                assert reply == b"OK" or reply.startswith(b"E"), (row.name, reply)
+                assert len(client.ask("g")) == 2 * registers.size, row.name
+                client.ok(f"P{number:x}={before}")
+                assert client.ask(f"p{number:x}").decode() == before, row.name
+        client.go()
+        assert client.break_in().signal == 2
 
 
 def test_no_file_descriptor_is_left_by_clients() -> None:
