@@ -313,7 +313,10 @@ class MachineTarget:
         from pyvmm import monitor
 
         with _errors:
-            return monitor.execute(self, command)
+            try:
+                return monitor.execute(self, command)
+            except ValueError as error:  # what Python says to most that a user can type wrongly
+                raise TargetError(errno.EINVAL, str(error)) from None
 
 
 _PATIENCE_SECONDS = 10.0

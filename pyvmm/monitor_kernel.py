@@ -25,8 +25,6 @@ def _errors() -> Iterator[None]:
         yield
     except LinuxError as error:
         raise TargetError(errno.ENOENT, str(error)) from None
-    except ValueError as error:
-        raise TargetError(errno.EINVAL, str(error)) from None
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
         raise TargetError(error.errno or errno.EIO, message) from None
@@ -62,15 +60,23 @@ def dmesg(target: MachineTarget, words: list[str]) -> str:
     """The log of a Linux kernel, or its last messages; its end if it is too long for a packet."""
     from pyvmm.linux import printk
 
-    if words and (len(words) > 1 or not words[0].isdecimal() or not int(words[0])):
-        raise TargetError(errno.EINVAL, "say how many of the last messages, as 20")
+    count = _count(words) if words else 0  # 0: all
     with _errors():
         records = printk.read_log(target.names.kernel())
-    last = records[-int(words[0]) :] if words else records
-    text = "\n".join(map(str, last)).encode()
+    text = "\n".join(map(str, records[-count:])).encode()
     if len(text) > _MAX_TEXT:
         text = _CUT + text[-_MAX_TEXT:].partition(b"\n")[2]
     return text.decode(errors="replace") or "the log is empty"
+
+
+def _count(words: list[str]) -> int:
+    try:
+        count = int(words[0])
+    except ValueError:  # which is also what Python says to thousands of digits
+        count = 0
+    if len(words) > 1 or count < 1:
+        raise TargetError(errno.EINVAL, "say how many of the last messages, as 20")
+    return count
 
 
 _CUT = b"[older messages are left out: they do not fit into a packet]\n"

@@ -732,6 +732,20 @@ def test_monitor_helps() -> None:
         assert "no vCPU" in client.monitor("regs 7")
 
 
+@kvm
+def test_whatever_is_typed_behind_monitor_is_answered_and_the_vm_lives() -> None:
+    arguments = ("9" * 5000, "-" + "9" * 5000, "0x" + "f" * 5000, "-1", "0b2", "²", "٣", "\0", "/")
+    arguments += ("/\0", "$", "$rsp", "$st0", "$no", "%s", "{}", "\x1b", "é" * 5000, "1 2", "on x")
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        commands = [line.split()[0] for line in client.monitor("help").splitlines()]
+        commands.remove("quit")
+        for command in (*commands, ""):
+            for argument in arguments:
+                assert client.monitor(f"{command} {argument}").strip(), (command, argument[:9])
+        client.go()
+        debuggee.wait_counts()
+
+
 def test_stop_replies_are_parsed() -> None:
     stop = parse_stop(b"T05thread:p1.2;swbreak:;10:0900100000000000;")
     assert (stop.vcpu_id, stop.signal, stop.rip, "swbreak" in stop) == (1, 5, 0x100009, True)

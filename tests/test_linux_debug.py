@@ -106,6 +106,14 @@ def test_dmesg_shows_all_or_the_last_messages(client: RspClient) -> None:
     assert client.monitor("dmesg 99") == "".join(lines)
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "x", "1 2", "²"])
+def test_a_count_of_messages_that_is_none_is_refused_with_advice(
+    client: RspClient, count: str
+) -> None:
+    assert client.monitor(f"dmesg {count}") == "say how many of the last messages, as 20\n"
+    assert "message 2" in client.monitor("dmesg 1")
+
+
 def test_before_the_first_message_dmesg_says_so() -> None:
     with with_kernel(messages=0) as debuggee, debuggee.connect() as client:
         assert client.monitor("dmesg") == "the log is empty\n"
