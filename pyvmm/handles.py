@@ -210,7 +210,7 @@ class VcpuHandle(Handle):
             # The map holds a reference to the VM: the VM lives until it is closed.
             self.map = mmap.mmap(fd, mmap_size)
         except OSError:
-            self.close()
+            super().close()
             raise
         self.run = kvm.kvm_run.from_buffer(self.map)
         # KVM_RUN for the run loop, where each microsecond counts: 0, or else check_interrupted().

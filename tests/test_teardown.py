@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pyvmm import ImageError, Machine, StopReason, machine
+from pyvmm import ImageError, Machine, StopReason, handles, machine
 from tests.conftest import GUESTS, open_fds
 
 pytestmark = pytest.mark.kvm
@@ -141,6 +143,20 @@ def test_a_machine_that_failed_while_it_was_built_leaves_nothing(
             with pytest.raises((MemoryError, TypeError, AttributeError)):
                 Machine(HELLO)
         assert state() == before, name
+
+
+def test_a_vcpu_that_cannot_be_mapped_is_an_oserror_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOMEM, "no room")
+
+    before = state()
+    with monkeypatch.context() as patch:
+        patch.setattr(handles, "mmap", SimpleNamespace(mmap=refuse))
+        with pytest.raises(OSError, match="no room"):
+            Machine(COUNTER)
+    assert state() == before
 
 
 def test_a_machine_whose_threads_cannot_start_leaves_nothing(
