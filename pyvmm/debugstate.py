@@ -124,18 +124,12 @@ def _write_system(vcpu: handles.VcpuHandle, updates: Values) -> Callable[[], Non
         else:
             setattr(sregs, name, value)
     vcpu.set(sregs)
-    vcpu.run.cr8 = sregs.cr8  # without an in-kernel APIC, KVM takes CR8 from here at each entry
-
-    def put_back() -> None:
-        vcpu.set(before)
-        vcpu.run.cr8 = before.cr8
-
     try:
         _check_taken_over(vcpu.get(kvm_sregs), before, updates)
     except OSError:
-        put_back()
+        vcpu.set(before)
         raise
-    return put_back
+    return lambda: vcpu.set(before)
 
 
 def _check_taken_over(now: kvm_sregs, before: kvm_sregs, updates: Values) -> None:

@@ -247,8 +247,14 @@ class VcpuHandle(Handle):
         return bytes(self.get(kind))
 
     def set(self, state: ctypes.Structure) -> None:
-        """Write back what get() returned."""
+        """Write back what get() returned.  Raises KvmError for what cannot be."""
         self.leave_registers(False)
+        if isinstance(state, kvm.kvm_sregs):
+            # Without an in-kernel LAPIC, KVM_RUN begins with loading CR8 from here, and fails if it
+            # cannot; KVM_SET_SREGS ignores what it cannot.
+            if state.cr8 >> 4:
+                raise kvm.KvmError(errno.EINVAL, "CR8 has 4 bits")
+            self.run.cr8 = state.cr8
         self.ioctl(VCPU_STATE[type(state)][1], state)
 
     def get_msrs(self, indices: Iterable[int]) -> list[int]:

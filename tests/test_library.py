@@ -365,6 +365,17 @@ def test_registers_by_name(tmp_path: Path) -> None:
             vm.get_register("rax", vcpu_id=1)
 
 
+@pytest.mark.parametrize("irqchip", [False, True])
+def test_cr8_that_is_written_is_what_the_guest_reads(tmp_path: Path, irqchip: bool) -> None:
+    code = guest(tmp_path, "440f20c0 f4")  # mov rax, cr8
+    with Machine(code, irqchip=irqchip) as vm:
+        vm.set_register("cr8", 5)
+        with pytest.raises(OSError, match="CR8 has 4 bits"):
+            vm.set_register("cr8", 16)
+        assert vm.run(timeout=PATIENCE).reason is StopReason.HALTED
+        assert vm.get_register("rax") == vm.get_register("cr8") == 5
+
+
 def test_each_vcpu_has_its_own_registers() -> None:
     with Machine(COUNTER, cpus=3, irqchip=False) as vm:
         assert [vm.get_register("rdi", n) for n in range(3)] == [0, 1, 2]

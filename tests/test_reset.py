@@ -91,6 +91,19 @@ def test_a_machine_without_interrupt_controllers_is_reset_as_well() -> None:
         assert machine.run(timeout=PATIENCE).reason is StopReason.POWERED_OFF
 
 
+def test_a_reset_clears_cr8_without_interrupt_controllers_too() -> None:
+    # 1: mov rax, cr8; mov [TICKS], rax; mov eax, 5; mov cr8, rax; jmp 1b
+    code = bytes.fromhex("440f20c0 48890425") + struct.pack("<I", TICKS)
+    code += bytes.fromhex("b805000000 440f22c0 ebe9")
+    with Running(Machine(flat_image(code), memory=4 << 20, irqchip=False)) as running:
+        machine, cr8 = running.machine, []
+        machine.on_reset(lambda: cr8.append(machine.vm.handle_of(0).run.cr8))
+        wait_until(lambda: u32(machine, TICKS) == 5, "it runs")
+        machine.request_reset()
+        wait_until(lambda: bool(cr8), "the machine is reset")
+    assert cr8 == [0]
+
+
 def test_request_reset_from_another_thread_while_all_run() -> None:
     with Running(pc(smp_image(start_aps() + SPIN), cpus=3)) as running:
         machine, resets = running.machine, []
