@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable
 
 import pytest
 
 from pyvmm.kvm import kvm_sregs
-from pyvmm.linux.kernel import LinuxError, find
+from pyvmm.linux.kernel import Kernel, LinuxError, find
 from pyvmm.linux.printk import Record, read_log
 from tests.linux_memory import KERNEL_GPA, LOG, PRB, SYMBOLS, Ram
 
@@ -144,6 +145,40 @@ def test_the_kernel_tells_where_its_fields_are() -> None:
     ram.write(VMCOREINFO, told.encode() + b"SYMBOL(prb)=ffffffff82a622c0\nOFFSET(x)=y\n")
     ram.write(PRB + 8, struct.pack("<Q", ram.direct(VMCOREINFO)))
     assert log.read() == [Record(7_000_000, "moved")]
+
+
+@pytest.mark.parametrize("name", ["SIZE(prb_desc)", "SIZE(printk_info)"])
+@pytest.mark.parametrize("size", [0, 1 << 20, 1 << 30])
+def test_structures_of_no_possible_size_are_refused_before_they_are_read(
+    log: Log, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    log.ram.write(VMCOREINFO, f"{name}={size}\n".encode())
+    log.ram.write(PRB + 8, struct.pack("<Q", log.ram.direct(VMCOREINFO)))
+    monkeypatch.setattr(Kernel, "read", refuse_much(Kernel.read))
+    with pytest.raises(LinuxError, match="not of a kind that is known"):
+        log.read()
+
+
+def refuse_much(read: Callable[[Kernel, int, int], bytes]) -> Callable[[Kernel, int, int], bytes]:
+    def read_little(kernel: Kernel, gva: int, length: int) -> bytes:
+        assert length <= 1 << 16, "a guest makes the host read as much as it likes"
+        return read(kernel, gva, length)
+
+    return read_little
+
+
+def test_a_number_of_thousands_of_digits_is_not_taken_for_an_offset(log: Log) -> None:
+    log.add(b"sound")
+    log.ram.write(VMCOREINFO, b"SIZE(prb_desc)=" + b"9" * 4000 + b"\n")
+    log.ram.write(PRB + 8, struct.pack("<Q", log.ram.direct(VMCOREINFO)))
+    assert log.read() == [Record(0, "sound")]
+
+
+def test_messages_that_share_their_text_are_no_more_than_the_log_holds(log: Log) -> None:
+    for _ in range(COUNT):
+        log.position = -SIZE & (1 << 64) - 1
+        log.add(b"x" * (SIZE // 2))
+    assert sum(len(record.text) for record in log.read()) <= SIZE
 
 
 def test_before_its_first_message_the_log_is_empty(log: Log) -> None:

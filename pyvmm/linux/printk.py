@@ -47,7 +47,9 @@ _COMMITTED, _FINALIZED = 1, 2  # enum desc_state: the states of a record with te
 _NO_DATA = 1  # in a position: the record has none
 _ID_BYTES = 8  # before the text
 _MAX_COUNT_BITS, _MAX_SIZE_BITS = 20, 25  # CONFIG_LOG_BUF_SHIFT is at most 25
+_MAX_SIZE_OF = 256  # of a descriptor or an info, in bytes: there can be a million of each
 _VMCOREINFO_BYTES = 4096
+_MAX_DIGITS = 10  # of an offset or size
 
 
 class Record(NamedTuple):
@@ -79,7 +81,8 @@ def _vmcoreinfo(kernel: Kernel) -> dict[str, int]:
     told = {}
     for line in kernel.read(address, _VMCOREINFO_BYTES).split(b"\n"):
         name, _, value = line.partition(b"=")
-        if name.startswith((b"OFFSET(", b"SIZE(")) and value.isdigit():
+        known = name.startswith((b"OFFSET(", b"SIZE("))
+        if known and value.isdigit() and len(value) <= _MAX_DIGITS:
             told[name.decode("ascii", "replace")] = int(value)
     return told
 
@@ -97,22 +100,23 @@ class _Ring:
 
         count_bits = field(descriptors, "prb_desc_ring.count_bits", 4)
         size_bits = field(data, "prb_data_ring.size_bits", 4)
-        if not (0 < count_bits <= _MAX_COUNT_BITS and 0 < size_bits <= _MAX_SIZE_BITS):
+        each, info = layout["SIZE(prb_desc)"], layout["SIZE(printk_info)"]
+        sound = 0 < count_bits <= _MAX_COUNT_BITS and 0 < size_bits <= _MAX_SIZE_BITS
+        if not (sound and 0 < each <= _MAX_SIZE_OF and 0 < info <= _MAX_SIZE_OF):
             raise LinuxError(f"the log at {buffer:#x} is not of a kind that is known")
         self._count, self._size = 1 << count_bits, 1 << size_bits
         self._first = field(descriptors, "prb_desc_ring.tail_id")
         self._last = field(descriptors, "prb_desc_ring.head_id")
         self._descriptors = kernel.read(
-            field(descriptors, "prb_desc_ring.descs"), self._count * layout["SIZE(prb_desc)"]
+            field(descriptors, "prb_desc_ring.descs"), self._count * each
         )
-        self._infos = kernel.read(
-            field(descriptors, "prb_desc_ring.infos"), self._count * layout["SIZE(printk_info)"]
-        )
+        self._infos = kernel.read(field(descriptors, "prb_desc_ring.infos"), self._count * info)
         self._data = kernel.read(field(data, "prb_data_ring.data"), self._size)
 
     def records(self) -> Iterator[Record]:
-        """Those whose text is whole, from the oldest one on."""
+        """Those whose text is whole, from the oldest one on; no more text than the ring holds."""
         mask = (1 << _ID_BITS) - 1
+        left = self._size
         for number in range((self._last - self._first & mask) % self._count + 1):
             number = self._first + number & mask
             state = self._descriptor(number, "prb_desc.state_var")
@@ -121,19 +125,26 @@ class _Ring:
             text = self._text(
                 self._descriptor(number, "prb_desc.text_blk_lpos", "prb_data_blk_lpos.begin"),
                 self._descriptor(number, "prb_desc.text_blk_lpos", "prb_data_blk_lpos.next"),
+                self._info(number, "printk_info.text_len", 2),
             )
-            length = self._info(number, "printk_info.text_len", 2)
+            left -= len(text)
+            if left < 0:  # damaged: texts lie one over the other
+                return
             time = self._info(number, "printk_info.ts_nsec", 8)
-            yield Record(time, text[:length].decode("utf-8", "replace"))
+            yield Record(time, text.decode("utf-8", "replace"))
 
-    def _text(self, begin: int, following: int) -> bytes:
-        """What lies between two positions, which count on when the ring begins anew."""
+    def _text(self, begin: int, following: int, length: int) -> bytes:
+        """At most `length` bytes of what lies between two positions.
+
+        Positions count on when the ring begins anew.
+        """
         if begin & following & _NO_DATA:
             return b""
         start, end = begin % self._size, following % self._size or self._size
         if begin // self._size != (following - 1) // self._size:  # it had no room at the end
             start = 0
-        return self._data[start + _ID_BYTES : end]
+        start += _ID_BYTES
+        return self._data[start : min(end, start + length)]
 
     def _descriptor(self, number: int, *fields: str) -> int:
         offset = sum(self._layout[f"OFFSET({field})"] for field in fields)
