@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import struct
+from typing import Any
 
 import pytest
 
@@ -82,6 +84,64 @@ def test_damaged_tables_are_found_or_not_and_never_an_exception(order: str) -> N
         for _ in range(rng.randrange(1, 4)):
             damaged[rng.randrange(len(damaged))] = rng.choice((0, 1, 0x7F, 0x80, 0xFF))
         kallsyms.find(bytes(damaged[: rng.choice((len(damaged), rng.randrange(len(damaged))))]))
+
+
+class Counted(bytes):
+    """Memory that counts how often it is searched."""
+
+    searches = 0
+
+    def find(self, *arguments: Any) -> int:
+        type(self).searches += 1
+        return super().find(*arguments)
+
+    def rfind(self, *arguments: Any) -> int:
+        type(self).searches += 1
+        return super().rfind(*arguments)
+
+
+BASES = struct.pack("<QQ", LINK_BASE, 1) * 200_000  # each with what may be a count behind it
+TABLE = pack_tables([], order="new", percpu=None)[8:-8]  # tokens and their index
+
+
+@pytest.mark.parametrize(
+    "pages",
+    [
+        TABLE + BASES,
+        BASES + TABLE,
+        b"\xff" * (4 << 20) + TABLE + b"\xff" * (4 << 20),
+        TABLE * 2000,
+        b"".join(b"%d\0" % digit for digit in range(10)) * 100_000,
+    ],
+    ids=["bases behind", "bases before", "ends of bases", "token tables", "digits"],
+)
+def test_memory_full_of_what_looks_like_tables_is_given_up_soon(
+    pages: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = {"_token_table": 0, "_names": 0}
+
+    def count(name: str) -> None:
+        look = getattr(kallsyms, name)
+
+        def counting(*arguments: Any) -> Any:
+            looks[name] += 1
+            return look(*arguments)
+
+        monkeypatch.setattr(kallsyms, name, counting)
+
+    for name in looks:
+        count(name)
+    monkeypatch.setattr(Counted, "searches", 0)
+    assert kallsyms.find(Counted(pages)) is None
+    assert Counted.searches < 10_000
+    assert looks["_names"] < 200 and looks["_token_table"] < 5000
+
+
+@pytest.mark.parametrize("token", [b"x" * 60_000, b"x" * 30_000])
+def test_names_of_gigabytes_are_not_made(token: bytes) -> None:
+    tokens = [""] * 255 + [token.decode()]
+    assert kallsyms._names(b"\x01\xff" * 1_000_000, tokens, 1_000_000) is None
+    assert kallsyms._names(b"\xff\x7f" + b"\xff" * 16384, tokens, 1) is None
 
 
 # --- the kernel ----------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ address of the kernel's beginning, and the place where it is by num_syms, names 
 must fit together.  Addresses are as the kernel runs: one that moved itself (KASLR) has corrected
 relative_base.
 
+A guest's memory can be full of what looks like these tables: see Patience.
+
 Left out: 32-bit kernels, Linux before 5.0, and what is in modules.
 Source: Linux, scripts/kallsyms.c, write_src(), and kernel/kallsyms.c, kallsyms_sym_address().
 """
@@ -42,6 +44,13 @@ _MAX_TOKEN_TABLE_BYTES = 1 << 16  # the index has 16 bits
 _ALIGNMENT = 8  # of each table
 _MARKER_STEP = 256  # markers: where in the names every 256th one begins
 _MAX_TABLES_BYTES = 16 << 20  # a distribution's kernel has 5 MiB
+_MAX_SYMBOLS = 1 << 20  # ... 200,000 symbols,
+_MAX_CHARACTERS = 64 << 20  # ... and 5 million characters
+_MAX_NAME_BYTES = 512  # KSYM_NAME_LEN
+_MAX_BASE_ENDS = 4096  # to look at from one token table on: relative_base is one of the first
+# What ten digits in a row take of a Patience; and what a token table does, or a relative_base.
+_DIGITS_COST, _TABLE_COST = 4, 256
+_PATIENCE = 64 * _TABLE_COST
 
 Pages = mmap.mmap | bytes
 
@@ -61,6 +70,22 @@ class Kallsyms(NamedTuple):
     symbols: list[Symbol]
 
 
+class Patience:
+    """How much more to look at before giving up, in searches that belong together.
+
+    A kernel needs very little of it, and without it a guest could keep us busy for hours: each of
+    millions of values that may be relative_base has a search through 16 MiB.
+    """
+
+    def __init__(self) -> None:
+        self._left = _PATIENCE
+
+    def take(self, cost: int) -> bool:
+        """Whether to look at one thing more, which costs so much."""
+        self._left -= cost
+        return self._left >= 0
+
+
 class _Place(NamedTuple):
     """Where the names and the offsets of `total` symbols may be, and what relative_base says."""
 
@@ -70,12 +95,14 @@ class _Place(NamedTuple):
     base: int
 
 
-def find(pages: Pages, begin: int = 0, end: int = sys.maxsize) -> Kallsyms | None:
+def find(
+    pages: Pages, begin: int = 0, end: int = sys.maxsize, patience: Patience | None = None
+) -> Kallsyms | None:
     """The symbol table in these pages of guest memory: the first one that is whole.
 
     (A kernel that unpacked itself may have left remains of a copy, uncorrected, behind its own.)
     """
-    for tokens, table, place in _places(pages, begin, end):
+    for tokens, table, place in _places(pages, begin, end, patience or Patience()):
         names = _names(pages[place.names_at : table], tokens, place.total)
         if names is not None:
             gvas = _addresses(pages, place)
@@ -84,19 +111,25 @@ def find(pages: Pages, begin: int = 0, end: int = sys.maxsize) -> Kallsyms | Non
     return None
 
 
-def find_base(pages: Pages, begin: int, end: int) -> int | None:
+def find_base(pages: Pages, begin: int, end: int, patience: Patience) -> int | None:
     """Only where the image begins, without the proof that the names are: in a tenth of the time."""
-    return next((place.base for _, _, place in _places(pages, begin, end)), None)
+    return next((place.base for _, _, place in _places(pages, begin, end, patience)), None)
 
 
-def _places(pages: Pages, begin: int, end: int) -> Iterator[tuple[list[str], int, _Place]]:
+def _places(
+    pages: Pages, begin: int, end: int, patience: Patience
+) -> Iterator[tuple[list[str], int, _Place]]:
     """The tokens, the place of their table, and where the other tables may be."""
     for match in _DIGITS.finditer(pages, begin, min(end, len(pages))):
+        if not patience.take(_DIGITS_COST):
+            return
         found = _token_table(pages, match.start())
-        if found is not None:
+        if found is not None and patience.take(_TABLE_COST):
             tokens, table, index_end = found
-            places = chain(_places_before(pages, table), _places_behind(pages, table, index_end))
-            for place in places:
+            for place in chain(
+                _places_before(pages, table, patience),
+                _places_behind(pages, table, index_end, patience),
+            ):
                 yield tokens, table, place
 
 
@@ -132,33 +165,45 @@ def _starts(tokens: list[bytes]) -> list[int]:
     return starts
 
 
-def _places_before(pages: Pages, table: int) -> Iterator[_Place]:
+def _places_before(pages: Pages, table: int, patience: Patience) -> Iterator[_Place]:
     """By the old order: offsets, relative_base, num_syms and names, all before the token table."""
     low = max(0, table - _MAX_TABLES_BYTES)
-    at = pages.rfind(_BASE_END, low, table)
-    while at >= 0:
+    high = table
+    for _ in range(_MAX_BASE_ENDS):
+        at = pages.rfind(_BASE_END, low, high)
+        if at < 0:
+            return
+        high = at + len(_BASE_END) - 1
         base, base_at = _base(pages, at)
         if base is not None:
             count, zero = struct.unpack("<II", pages[base_at + 8 : base_at + 16])
             offsets_at = base_at - _aligned(4 * count)
-            if not zero and offsets_at >= 0 and base_at + 2 * count < table:
+            fits = offsets_at >= 0 and base_at + 2 * count < table
+            if 0 < count <= _MAX_SYMBOLS and not zero and fits:
+                if not patience.take(_TABLE_COST):
+                    return
                 yield _Place(base_at + 16, offsets_at, count, base)
-        at = pages.rfind(_BASE_END, low, at + len(_BASE_END) - 1)
 
 
-def _places_behind(pages: Pages, table: int, begin: int) -> Iterator[_Place]:
+def _places_behind(pages: Pages, table: int, begin: int, patience: Patience) -> Iterator[_Place]:
     """By the new order: num_syms and names before the token table, the others behind its index."""
     low, high = max(0, table - _MAX_TABLES_BYTES), begin + _MAX_TABLES_BYTES
-    at = pages.find(_BASE_END, begin, high)
-    while at >= 0:
+    at = begin - 1
+    for _ in range(_MAX_BASE_ENDS):
+        at = pages.find(_BASE_END, at + 1, high)
+        if at < 0:
+            return
         base, base_at = _base(pages, at)
         if base is not None:
+            if not patience.take(_TABLE_COST):
+                return
             most = (base_at - begin) // 4
             for count in (most, most - 1):  # the offsets may end 4 bytes before relative_base
+                if not 0 < count <= _MAX_SYMBOLS:
+                    continue
                 num_syms_at = pages.rfind(struct.pack("<II", count, 0), low, table)
                 if num_syms_at >= 0:
                     yield _Place(num_syms_at + 8, begin, count, base)
-        at = pages.find(_BASE_END, at + 1, high)
 
 
 _BASE_END = KERNEL_HALF.to_bytes(8, "little")[4:]  # the upper half of what relative_base can be
@@ -174,7 +219,7 @@ def _base(pages: Pages, end_at: int) -> tuple[int | None, int]:
 
 def _names(data: bytes, tokens: list[str], total: int) -> list[str] | None:
     """`total` names, each with its kind before it, if there are so many and then their markers."""
-    names, markers, at = [], [], 0
+    names, markers, at, left = [], [], 0, _MAX_CHARACTERS
     for number in range(total):
         if number % _MARKER_STEP == 0:
             markers.append(at)
@@ -185,7 +230,12 @@ def _names(data: bytes, tokens: list[str], total: int) -> list[str] | None:
         if length & 0x80:  # two bytes, of seven bits each
             length = length & 0x7F | data[at] << 7
             at += 1
+        if length > _MAX_NAME_BYTES:
+            return None
         names.append("".join([tokens[token] for token in data[at : at + length]]))
+        left -= len(names[-1])
+        if left < 0:
+            return None
         at += length
     expected = struct.pack(f"<{len(markers)}I", *markers)
     return names if data[_aligned(at) :].startswith(expected) else None

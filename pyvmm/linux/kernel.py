@@ -49,10 +49,12 @@ def find(memory: GuestMemory, sregs: kvm_sregs) -> Kernel:
     It is looked for where the vCPU's page tables have it, and then everywhere.
     """
     everywhere = [(slot, 0, slot.size) for slot in memory.slots]
-    for slot, begin, end in [*_mapped(memory, sregs), *everywhere]:
-        table = kallsyms.find(slot.pages, begin, end)
-        if table is not None:
-            return Kernel(memory, slot, table, sregs.cr4)
+    for parts in (_mapped(memory, sregs), everywhere):
+        patience = kallsyms.Patience()
+        for slot, begin, end in parts:
+            table = kallsyms.find(slot.pages, begin, end, patience)
+            if table is not None:
+                return Kernel(memory, slot, table, sregs.cr4)
     raise LinuxError("no symbol table of a 64-bit Linux kernel in memory (not unpacked yet?)")
 
 
@@ -61,11 +63,11 @@ def find_moved_base(memory: GuestMemory, sregs: kvm_sregs) -> int | None:
 
     Only for who cannot wait: the rest of memory is not looked at.
     """
-    left = _QUICK_BYTES
+    left, patience = _QUICK_BYTES, kallsyms.Patience()
     for slot, begin, end in _mapped(memory, sregs):
         end = min(end, begin + left)
         left -= end - begin
-        base = kallsyms.find_base(slot.pages, begin, end)
+        base = kallsyms.find_base(slot.pages, begin, end, patience)
         if base is not None:
             return base if base != KERNEL_HALF + _DEFAULT_PREF_ADDRESS else None
     return None
