@@ -158,10 +158,6 @@ class Lab:
         """The saved RIP in the frame of an exception without an error code."""
         return self._pushed(0)
 
-    def pushed_rflags(self) -> int:
-        """The saved RFLAGS in such a frame."""
-        return self._pushed(2)
-
     def _pushed(self, number: int) -> int:
         rsp = self.cpu.get(kvm.kvm_regs).rsp
         size = {LabMode.REAL: 2, LabMode.PROTECTED: 4}.get(self.mode, 8)

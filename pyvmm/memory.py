@@ -98,10 +98,6 @@ class GuestMemory:
         for slot in self.slots:
             slot.pages.madvise(mmap.MADV_DONTNEED)  # of private pages: the kernel forgets them
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """(gpa, size in bytes) of each slot that the guest may write, in order of address."""
-        return sorted((slot.gpa, slot.size) for slot in self.slots if not slot.readonly)
-
     def close(self) -> None:
         """Unmap the pages.  The VM must be closed before: KVM would walk them."""
         for slot in self.slots:

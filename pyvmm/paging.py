@@ -45,7 +45,6 @@ ENTRY_PS = 1 << 7  # "page size": the entry maps a large page. In a PTE this bit
 ENTRY_XD = 1 << 63  # execute-disable
 
 _GVA32_MASK = (1 << 32) - 1
-_PAGE_BYTES = 4096
 
 
 def _bits(high: int, low: int) -> int:
@@ -103,7 +102,7 @@ class Fault(NamedTuple):
 
 
 class TranslationFault(Exception):
-    """`translate` found no gpa for `gva`; `fault` says at which level and why."""
+    """`find_page` found no gpa for `gva`; `fault` says at which level and why."""
 
     def __init__(self, gva: int, fault: Fault) -> None:
         super().__init__(f"guest virtual address {gva:#x}: {fault}")
@@ -369,16 +368,6 @@ def find_page(read_physical: ReadPhysical, registers: PagingRegisters, gva: int)
     entries = tuple((entry_gpa, entry.to_bytes(size, "little")) for _, entry_gpa, entry in visited)
     level, _, entry = visited[-1]
     return Page(level.page_gpa(entry), 1 << level.shift, entries)
-
-
-def translate(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> tuple[int, int]:
-    """Translate `gva`: the gpa, and how many bytes from there on belong to the same page.
-
-    So a reader of many bytes asks once a page. Raises as find_page() does.
-    """
-    page = find_page(read_physical, registers, gva)
-    offset = gva & (page.page_bytes - 1)
-    return page.gpa + offset, page.page_bytes - offset
 
 
 def walk(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> Walk:

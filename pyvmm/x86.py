@@ -14,7 +14,6 @@ CR0_PE = 1 << 0  # protected mode
 CR0_MP = 1 << 1
 CR0_ET = 1 << 4
 CR0_NE = 1 << 5
-CR0_WP = 1 << 16
 CR0_PG = 1 << 31  # paging
 
 CR4_PAE = 1 << 5

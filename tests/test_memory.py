@@ -120,12 +120,6 @@ def test_slots_may_touch(memory: GuestMemory) -> None:
     memory.add_slot(0x100000 - PAGE, PAGE)
 
 
-def test_ranges_are_what_the_guest_may_write_in_order_of_address(memory: GuestMemory) -> None:
-    memory.add_slot(0x200000, PAGE, readonly=True)
-    memory.add_slot(0x80000, PAGE)
-    assert memory.ranges() == [(0, 16 * PAGE), (0x80000, PAGE), (0x100000, 4 * PAGE)]
-
-
 def test_kvm_is_told_of_each_slot_and_of_read_only_ones() -> None:
     vm = AnyVm()
     memory = GuestMemory(cast(handles.VmHandle, vm))

@@ -16,11 +16,12 @@ from pyvmm.paging import (
     PagingMode,
     PagingRegisters,
     Permissions,
+    ReadPhysical,
     TranslationFault,
     Walk,
+    find_page,
     mappings,
     paging_mode,
-    translate,
     walk,
 )
 
@@ -52,6 +53,12 @@ class Memory:
     def entry(self, table_gpa: int, index: int, value: int, entry_bytes: int = 8) -> None:
         gpa = table_gpa + index * entry_bytes
         self.ram[gpa : gpa + entry_bytes] = value.to_bytes(entry_bytes, "little")
+
+
+def translate(read: ReadPhysical, regs: PagingRegisters, gva: int) -> int:
+    """The gpa, by the page that `gva` lies in."""
+    page = find_page(read, regs, gva)
+    return page.gpa + gva % page.page_bytes
 
 
 def registers(mode: PagingMode, *, nxe: bool = True, maxphyaddr: int = 52) -> PagingRegisters:
@@ -207,7 +214,9 @@ def test_each_mode_and_page_size_translates(mode, entries, gva, gpa, page_bytes,
     assert result.page_bytes == page_bytes
     assert result.permissions == RWXU
     assert " ".join(step.name for step in result.steps) == names
-    assert translate(memory.read, registers(mode), gva) == (gpa, page_bytes - gpa % page_bytes)
+    page = find_page(memory.read, registers(mode), gva)
+    assert (page.gpa, page.page_bytes) == (gpa - gpa % page_bytes, page_bytes)
+    assert len(page.entries) == len(result.steps)
 
 
 @pytest.mark.parametrize(("mode", "entries", "gva", "gpa", "page_bytes", "names"), TRANSLATIONS)
@@ -249,7 +258,7 @@ def test_without_paging_the_gva_is_the_gpa():
     assert walk(memory.read, off, 0x1234) == Walk(
         PagingMode.NONE, 0x1234, (), 0x1234, 1 << 32, RWXU, None
     )
-    assert translate(memory.read, off, 0x1234) == (0x1234, (1 << 32) - 0x1234)
+    assert find_page(memory.read, off, 0x1234) == (0, 1 << 32, ())
     assert mappings(memory.read, off).ranges == (Mapping(0, 0, 1 << 32, 1 << 32, RWXU),)
     assert memory.reads == 0
 
@@ -262,7 +271,7 @@ def test_a_32_bit_gva_wraps_around(mode, high):
         chain(memory, mode, (0, ALL), (0x10, ALL | 0x1_0000))
     elif mode is PagingMode.PAE:
         chain(memory, mode, (0, P), (0, ALL), (0x10, ALL | 0x1_0000))
-    assert translate(memory.read, registers(mode), high | 0x1_0008)[0] == 0x1_0008
+    assert translate(memory.read, registers(mode), high | 0x1_0008) == 0x1_0008
     assert walk(memory.read, registers(mode), high | 0x1_0008).gva == 0x1_0008
 
 
@@ -293,7 +302,7 @@ def test_a_canonical_gva_of_5_levels_is_not_one_of_4():
     memory = Memory()
     chain(memory, PagingMode.LEVEL5, (1, ALL), (0, ALL), (0, ALL | PS))
     gva = 1 << 48
-    assert translate(memory.read, registers(PagingMode.LEVEL5), gva)[0] == 0
+    assert translate(memory.read, registers(PagingMode.LEVEL5), gva) == 0
     with pytest.raises(TranslationFault, match="not canonical"):
         translate(memory.read, LEVEL4, gva)
 
@@ -357,20 +366,20 @@ def test_without_cr4_pse_a_pde_with_ps_set_refers_to_a_table():
     memory = Memory()
     chain(memory, PagingMode.BITS32, (0, ALL | PS), (0, ALL | 0x5000))
     off = PagingRegisters(PE | PG, ROOT, 0, 0)
-    assert translate(memory.read, off, 0x10) == (0x5010, 0xFF0)
+    assert translate(memory.read, off, 0x10) == 0x5010
 
 
 def test_cr3_bits_that_are_no_address_are_ignored():
     memory = Memory()
     chain(memory, L4, (0, ALL), (0, ALL | PS))
     pcid_and_noflush = LEVEL4._replace(cr3=ROOT | 0xFFF | 1 << 63)
-    assert translate(memory.read, pcid_and_noflush, 7)[0] == 7
+    assert translate(memory.read, pcid_and_noflush, 7) == 7
 
     memory = Memory()
     memory.entry(ROOT + 0x20, 0, P | 0x2000)  # PAE's four entries need no page of their own
     memory.entry(0x2000, 0, ALL | PS)
     pae = registers(PagingMode.PAE)._replace(cr3=ROOT + 0x20 | 0x1F)
-    assert translate(memory.read, pae, 7)[0] == 7
+    assert translate(memory.read, pae, 7) == 7
 
 
 @pytest.mark.parametrize(
@@ -389,7 +398,7 @@ def test_a_permission_must_be_given_by_every_level(bits, text):
     assert str(walk(memory.read, LEVEL4, 0).permissions) == text
     assert [str(found.permissions) for found in mappings(memory.read, LEVEL4).ranges] == [text]
     # The debugger reads and writes as CPL 0, whatever the tables permit.
-    assert translate(memory.read, LEVEL4, 0) == (0, 0x1000)
+    assert translate(memory.read, LEVEL4, 0) == 0
 
 
 def test_pae_top_level_entries_take_no_permission_away():
@@ -442,7 +451,7 @@ def test_a_table_outside_ram_is_a_fault_and_not_an_exception_of_the_reader(link)
 def test_the_result_may_be_outside_ram_because_devices_are_mapped_too():
     memory = Memory()
     chain(memory, L4, (0, ALL), (0, ALL), (0, ALL), (0, ALL | 0xFEE0_0000))
-    assert translate(memory.read, LEVEL4, 0x20) == (0xFEE0_0020, 0xFE0)
+    assert translate(memory.read, LEVEL4, 0x20) == 0xFEE0_0020
 
 
 def test_looking_does_not_change_page_tables():
@@ -605,10 +614,8 @@ def test_random_page_tables_never_crash_and_all_functions_agree(mode, seed):
             with pytest.raises(TranslationFault):
                 translate(memory.read, regs, gva)
         else:
-            gpa, left = translate(memory.read, regs, gva)
-            assert gpa == result.gpa
-            assert 0 < left <= result.page_bytes
-            assert (gva + left) % result.page_bytes == 0
+            assert translate(memory.read, regs, gva) == result.gpa
+            assert find_page(memory.read, regs, gva).page_bytes == result.page_bytes
 
 
 # --- the page tables with which a guest starts -------------------------------------------------
@@ -629,7 +636,7 @@ def test_identity_map_maps_the_first_4_gib_and_nothing_else(base_gpa):
     assert (mapping.gva, mapping.gpa, mapping.length) == (0, 0, 1 << 32)
     assert mapping.page_bytes == 0x20_0000
     assert str(mapping.permissions) == "rwx-"
-    assert translate(read, regs, 0xFFFF_FFFF) == (0xFFFF_FFFF, 1)
+    assert translate(read, regs, 0xFFFF_FFFF) == 0xFFFF_FFFF
     with pytest.raises(TranslationFault):
         translate(read, regs, 1 << 32)
 
