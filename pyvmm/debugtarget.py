@@ -230,7 +230,7 @@ class MachineTarget:
         """See Target.  A region is what is mapped alike in a row, as far as there is RAM behind."""
         with _errors:
             sregs = self.vm.state(vcpu_id).get(kvm_sregs)
-        registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+        registers = paging.PagingRegisters.of(sregs)
         page = gva & ~0xFFF
         if not sregs.cr0 & x86.CR0_PG:
             ranges = [

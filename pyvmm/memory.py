@@ -155,7 +155,7 @@ class VirtualMemory:
 
         self._memory = memory
         self._paging = paging
-        self._registers = paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+        self._registers = paging.PagingRegisters.of(sregs)
         # By gva >> 12: GPA and size of the page, good as long as the entries say the same.
         self._pages: dict[int, tuple[int, int, Unchanged]] = {}
 

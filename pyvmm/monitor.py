@@ -88,8 +88,7 @@ def _regs(target: MachineTarget, words: list[str]) -> str:
 
 
 def _paging_registers(target: MachineTarget, vcpu_id: int) -> paging.PagingRegisters:
-    sregs = target.vm.state(vcpu_id).get(kvm_sregs)
-    return paging.PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+    return paging.PagingRegisters.of(target.vm.state(vcpu_id).get(kvm_sregs))
 
 
 def _translate(target: MachineTarget, words: list[str]) -> str:

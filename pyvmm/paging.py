@@ -23,7 +23,10 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.light import NamedTuple
+from pyvmm.light import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pyvmm.kvm import kvm_sregs
 
 ReadPhysical = Callable[[int, int], bytes]
 
@@ -77,6 +80,11 @@ class PagingRegisters(NamedTuple):
     cr4: int
     efer: int
     maxphyaddr: int = 52
+
+    @classmethod
+    def of(cls, sregs: kvm_sregs) -> PagingRegisters:
+        """Those of a vCPU."""
+        return cls(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
 
 
 class FaultReason(Enum):

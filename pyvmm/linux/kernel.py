@@ -75,7 +75,7 @@ def find_moved_base(memory: GuestMemory, sregs: kvm_sregs) -> int | None:
 
 def _mapped(memory: GuestMemory, sregs: kvm_sregs) -> list[tuple[MemorySlot, int, int]]:
     """What a vCPU's page tables map where the kernel is: parts of slots, by their offsets."""
-    registers = PagingRegisters(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+    registers = PagingRegisters.of(sregs)
     if paging_mode(sregs.cr0, sregs.cr4, sregs.efer) not in _KERNEL_MODES:
         return []
     found = mappings(
