@@ -218,7 +218,7 @@ class VM(DebuggedSet):
 
     def _let_int3_exit(self) -> None:
         """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""
-        needed = any(Capability.MTRAP_EXIT in vcpu.wanted for vcpu in self._vcpus.values())
+        needed = any(vcpu.stepping for vcpu in self._vcpus.values())
         for vcpu in self._vcpus.values():
             if vcpu.int3_exits != needed:
                 vcpu.int3_exits = needed
@@ -417,7 +417,7 @@ class VM(DebuggedSet):
                 exit = self._before_entry(vcpu)
                 if exit is not None:
                     return exit
-                stepping = Capability.MTRAP_EXIT in vcpu.wanted
+                stepping = vcpu.stepping
             if stepping:
                 exit = self.stepper.step(self, vcpu)
             elif vcpu.enter() == 0:
@@ -456,13 +456,13 @@ class VM(DebuggedSet):
         if vcpu.stale:
             self._tell_kvm(vcpu)
         stopping = vcpu.debugged or vcpu.held
-        if vcpu.io_in_flight and (stopping or Capability.MTRAP_EXIT in vcpu.wanted):
+        if vcpu.io_in_flight and (stopping or vcpu.stepping):
             # Finish the access, and nothing else: what a debugger reads is consistent then, and
             # for a step that was its one instruction.
             exit = self._complete_io(vcpu)
             if exit is not None:
                 return exit
-            if Capability.MTRAP_EXIT in vcpu.wanted and self.stepper.io_was_all(self, vcpu):
+            if vcpu.stepping and self.stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
         if stopping:
             return exits.Debug()
@@ -475,7 +475,7 @@ class VM(DebuggedSet):
             from pyvmm import injection
 
             injection.deliver_breakpoint(self, vcpu, length)
-            if Capability.MTRAP_EXIT in vcpu.wanted:
+            if vcpu.stepping:
                 return exits.Mtrap()
         return None
 
@@ -502,7 +502,7 @@ class VM(DebuggedSet):
             vcpu.update_attention()
         if nmi:
             vcpu.handle.ioctl(kvm.KVM_NMI)
-        if Capability.MTRAP_EXIT not in vcpu.wanted:  # else each step arms itself
+        if not vcpu.stepping:  # else each step arms itself
             vcpu.set_guest_debug()
             vcpu.handle.leave_registers(False)  # each exit would pay for them
 

@@ -320,7 +320,6 @@ def _enter_until_progress(
         vcpu.handle.leave_registers(True)
         if vcpu.enter() != 0:
             kvm.check_interrupted()
-            vcpu.last_exit = None
             vm.take_kick(vcpu)
             return False
         run = vcpu.kvm_run
