@@ -5,7 +5,8 @@ sends when the VM has stopped.
 
 What is resolved here, so that the target sees only vCPUs: `vCont` with its default and its actions
 for single threads (the leftmost that names a thread decides; a thread that none names stays
-parked), and the older `c s C S`, which mean the threads that `Hc` chose.
+parked), and the older `c s C S`, which mean the threads that `Hc` chose. The signal of `C` and `S`
+is ignored: a guest has nobody who could take one.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ def _parse_action(session: Session, text: bytes) -> tuple[Action | None, int]:
     if letter == b"t" and not argument:
         return None, thread
     if letter in (b"C", b"S"):
-        return Action(_KINDS[letter], parse_hex(argument)), thread
-    if letter in (b"c", b"s") and not argument:
-        return Action(_KINDS[letter]), thread
-    raise PacketError("unknown action")
+        parse_hex(argument)
+    elif letter not in (b"c", b"s") or argument:
+        raise PacketError("unknown action")
+    return Action(_KINDS[letter]), thread
 
 
 _KINDS = {
@@ -73,10 +74,9 @@ def supported_actions(session: Session, args: bytes) -> bytes:
 
 def resume_plain(letter: bytes, session: Session, args: bytes) -> bytes | None:
     """c [GVA], s [GVA], C SIGNAL[;GVA], S SIGNAL[;GVA]"""
-    signal = 0
     if letter in (b"C", b"S"):
-        text, _, args = args.partition(b";")
-        signal = parse_hex(text)
+        signal, _, args = args.partition(b";")
+        parse_hex(signal)
     kind, thread = _KINDS[letter], session.control
     if thread == ANY or (thread == ALL and kind is ActionKind.STEP):
         # One thread steps. All continue: without vCont, "any" is how gdb says "all".
@@ -87,7 +87,7 @@ def resume_plain(letter: bytes, session: Session, args: bytes) -> bytes | None:
         values = session.target.read_registers(vcpu_id, row.bank)
         data = parse_hex(args).to_bytes(8, "little")[: row.size]
         session.target.write_registers(vcpu_id, row.decode(data, values))
-    return _resume(session, [(Action(kind, signal), thread)])
+    return _resume(session, [(Action(kind), thread)])
 
 
 def _resume(session: Session, wanted: list[tuple[Action | None, int]]) -> bytes | None:

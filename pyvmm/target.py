@@ -75,10 +75,9 @@ class ActionKind(Enum):
 
 
 class Action(NamedTuple):
-    """An action for one vCPU. `signal` is what the user wants to be passed on; 0 is none."""
+    """An action for one vCPU; `start` and `end` are those of a RANGE_STEP."""
 
     kind: ActionKind
-    signal: int = 0
     start: int = 0  # GVA
     end: int = 0
 

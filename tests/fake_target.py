@@ -40,7 +40,7 @@ class FakeTarget:
         self.ranges: list[tuple[int, int]] | None = None
         self.base: int | None = None
         self.file: ExecFile | None = None
-        self.refuse_registers = False
+        self.refuse_registers = self.refuse_resume = False
         self.registers: list[dict[str, Value]] = [
             {
                 row.name: (vcpu_id << 8 | number) if row.bits <= 64 else bytes([number]) * row.size
@@ -142,8 +142,8 @@ class FakeTarget:
     def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
         self._parked()
         assert actions and set(actions) <= set(self.vcpu_ids())
-        if any(action.signal == 9 for action in actions.values()):
-            raise TargetError(22, "there is nobody to take a signal")
+        if self.refuse_resume:
+            raise TargetError(95, "this host cannot single-step in ring 3")
         self.stopped = False
         self.calls.append(("resume", dict(actions), newcomers_run))
 
