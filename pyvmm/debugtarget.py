@@ -28,7 +28,6 @@ from pyvmm.target import (
     MemoryRegion,
     StopReport,
     TargetError,
-    ThreadInfo,
 )
 from pyvmm.vcpurecord import VmError
 
@@ -96,12 +95,8 @@ class MachineTarget:
         """See Target."""
         return self.vm.vcpu_ids()
 
-    def threads(self) -> Sequence[ThreadInfo]:
-        """See Target."""
-        return [ThreadInfo(n, f"vCPU {n}", self.describe(n)) for n in self.vm.vcpu_ids()]
-
     def describe(self, vcpu_id: int) -> str:
-        """A vCPU's state in words: "halted, CPL 0, 64-bit mode"."""
+        """See Target."""
         handle = self.vm.state(vcpu_id)
         sregs, regs = handle.get(kvm_sregs), handle.get(kvm_regs)
         state = self.vm.run_state(vcpu_id)

@@ -36,8 +36,9 @@ def _features(session: Session, annex: bytes) -> bytes:
 
 
 def _threads(session: Session, annex: bytes) -> bytes:
+    target = session.target
     return targetxml.thread_list(
-        (session.format_thread(thread.vcpu_id), thread) for thread in session.target.threads()
+        (session.format_thread(n), n, target.describe(n)) for n in target.vcpu_ids()
     )
 
 

@@ -251,10 +251,8 @@ def more_threads(session: Session, args: bytes) -> bytes:
 def describe_thread(session: Session, args: bytes) -> bytes:
     """qThreadExtraInfo,THREAD: what `info threads` shows, in hex."""
     vcpu_id = session.selected(session.parse_thread(args))
-    for thread in session.target.threads():
-        if thread.vcpu_id == vcpu_id:
-            return hexlify(f"{thread.name}, {thread.state}".encode(errors="replace"))
-    raise PacketError("there is no such thread")
+    state = session.target.describe(vcpu_id)
+    return hexlify(f"vCPU {vcpu_id}, {state}".encode(errors="replace"))
 
 
 # ---- The end of a session ----

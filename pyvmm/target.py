@@ -30,15 +30,6 @@ class TargetError(Exception):
         self.errno, self.message = errno, message
 
 
-@dataclass(frozen=True)
-class ThreadInfo:
-    """One vCPU as `info threads` shows it."""
-
-    vcpu_id: int
-    name: str  # "vCPU 1"
-    state: str  # "halted, CPL 3"
-
-
 class StopKind(Enum):
     """Why the VM stopped; the values are the words of stop replies."""
 
@@ -125,8 +116,8 @@ class Target(Protocol):
     def vcpu_ids(self) -> Sequence[int]:
         """The vCPUs that exist now, in order. Asked often: must be cheap."""
 
-    def threads(self) -> Sequence[ThreadInfo]:
-        """The same with names and states."""
+    def describe(self, vcpu_id: int) -> str:
+        """A vCPU's state in words, as `info threads` shows it: "halted, CPL 0, 64-bit mode"."""
 
     def architecture(self) -> Architecture:
         """What gdb shall be told; see registers.architecture_for. Asked when a session begins and

@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from functools import cache
 from itertools import groupby
 from operator import attrgetter
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 from pyvmm.registers import Layout, Register
-from pyvmm.target import ThreadInfo
 
 # Flag registers as gdb prints them: each field with its bit, or its lowest and highest bit.
 # Source: Intel SDM vol. 3A, "System Flags and Fields in the EFLAGS Register" and "Control
@@ -103,12 +102,12 @@ def target_description(layout: Layout) -> bytes:
     return "\n".join(lines).encode()
 
 
-def thread_list(threads: Iterable[tuple[str, ThreadInfo]]) -> bytes:
-    """The threads, each with its id as packets write it; `core` is the vCPU."""
+def thread_list(threads: Iterable[tuple[str, int, str]]) -> bytes:
+    """The threads: the id as packets write it, the vCPU (which is also the `core`), its state."""
     lines = ['<?xml version="1.0"?>', "<threads>"]
-    for thread_id, thread in threads:
-        attributes = f'id="{thread_id}" core="{thread.vcpu_id}" name={quoteattr(thread.name)}'
-        lines.append(f"<thread {attributes}>{escape(thread.state)}</thread>")
+    for thread_id, vcpu_id, state in threads:
+        attributes = f'id="{thread_id}" core="{vcpu_id}" name="vCPU {vcpu_id}"'
+        lines.append(f"<thread {attributes}>{escape(state)}</thread>")
     lines.append("</threads>\n")
     return "\n".join(lines).encode("ascii", "xmlcharrefreplace")
 

@@ -15,7 +15,6 @@ from pyvmm.target import (
     StopReport,
     Target,
     TargetError,
-    ThreadInfo,
 )
 
 GDB = b"qSupported:multiprocess+;swbreak+;hwbreak+;vContSupported+;no-resumed+;xmlRegisters=i386"
@@ -57,9 +56,9 @@ class FakeTarget:
     def vcpu_ids(self) -> Sequence[int]:
         return range(self.vcpus)
 
-    def threads(self) -> Sequence[ThreadInfo]:
-        self._parked()
-        return [ThreadInfo(n, f"vCPU {n}", "halted, CPL <0>") for n in range(self.vcpus)]
+    def describe(self, vcpu_id: int) -> str:
+        self._parked(vcpu_id)
+        return "halted, CPL <0>"
 
     def architecture(self) -> Architecture:
         self._parked()

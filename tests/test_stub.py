@@ -582,9 +582,18 @@ def test_threads_have_a_name_and_a_state(stub: Stub) -> None:
     assert [thread.text for thread in threads] == ["halted, CPL <0>"] * 2
 
 
-def test_a_thread_without_a_description_is_an_error(stub: Stub, target: FakeTarget) -> None:
-    target.threads = list  # type: ignore[method-assign]
-    assert stub.handle(b"qThreadExtraInfo,1") == EINVAL
+def test_one_thread_is_described_without_asking_for_the_others(
+    stub: Stub, target: FakeTarget
+) -> None:
+    asked: list[int] = []
+
+    def describe(vcpu_id: int) -> str:
+        asked.append(vcpu_id)
+        return "halted"
+
+    target.describe = describe  # type: ignore[method-assign]
+    assert stub.handle(b"qThreadExtraInfo,2") == b"vCPU 1, halted".hex().encode()
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("thread", [b"1", b"2", b"p1.1", b"p1.2", b"p-1.2", b"p0.1", b"0", b"-1"])
