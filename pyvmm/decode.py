@@ -98,6 +98,7 @@ def _bpt(vm: VM, vcpu: VcpuRecord, length: int) -> exits.Exit | None:
     """An int3 that the host did not execute: an exit if it was asked for, else the guest's."""
     if Capability.BPT_EXIT in vcpu.wanted:
         return exits.Bpt(length)
+    vcpu.last_exit = None  # I/O, if that is what it was, is finished by now
     kept, vcpu.entry_inst_length = vcpu.entry_inst_length, length
     vm.inject_exception(vcpu.vcpu_id, x86.VECTOR_BP)
     vcpu.entry_inst_length = kept
@@ -126,6 +127,14 @@ def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     return exits.InternalError(failure.suberror, code)
 
 
+def _set_tpr(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
+    """The guest has lowered CR8, and there is nobody who would hold back interrupts for it.
+
+    The instruction is complete, and KVM has forgotten a single-step that ended with it.
+    """
+    return MTRAP if vcpu.stepping else None
+
+
 def _shutdown_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit:
     return exits.Shutdown()
 
@@ -149,6 +158,7 @@ DECODERS: dict[int, Callable[[VM, VcpuRecord], exits.Exit | None]] = {
     kvm.KVM_EXIT_HLT: _hlt_exit,
     kvm.KVM_EXIT_DEBUG: _debug_exit,
     kvm.KVM_EXIT_INTERNAL_ERROR: _internal_error,
+    kvm.KVM_EXIT_SET_TPR: _set_tpr,
     kvm.KVM_EXIT_SHUTDOWN: _shutdown_exit,
     kvm.KVM_EXIT_SYSTEM_EVENT: _system_event,
     kvm.KVM_EXIT_FAIL_ENTRY: _fail_entry,

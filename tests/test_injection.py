@@ -166,6 +166,25 @@ def test_int3_that_is_met_while_stepping_is_handed_back(form: str) -> None:
         assert_handled_by_guest(bench, CODE + 2 + len(code))
 
 
+def test_a_guests_own_int3_right_behind_io_while_another_vcpu_steps() -> None:
+    """Then an int3 leaves the guest although nobody asked, and the I/O is finished by then."""
+    requires("irqchip")
+    code = b"\xe4\x10" + b"\xcc"  # in al, 0x10; int3
+    with Bench(code, cpus=2, irqchip=True) as bench:
+        bench.write(HANDLERS + 16 * VECTOR_BP, b"\xe6\x11")  # out 0x11, al
+        bench.vm.set_capability(1, Capability.MTRAP_EXIT, True)
+        assert isinstance(bench.enter(), exits.InOut)
+        bench.vm.answer(0, b"\x5a")
+        assert bench.enter() == exits.InOut(0x11, 1, False, 1, b"\x5a")
+
+
+def test_lowering_cr8_is_no_exit() -> None:
+    """On processors with VMX or SVM it leaves the guest where there is no irqchip."""
+    code = bytes.fromhex("b80f000000 440f22c0 31c0 440f22c0 e610")  # mov eax, 15; mov cr8, rax; ...
+    with Bench(code) as bench:
+        assert bench.enter() == exits.InOut(0x10, 1, False, 1, b"\0")
+
+
 # --- the pseudo-register -----------------------------------------------------------------------
 
 

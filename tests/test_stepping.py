@@ -65,6 +65,7 @@ CASES = {
     "sti": Case(b"\xfb", 1, modes=KERNEL),
     "mov ss": Case(b"\x8e\xd0", 2, modes=LONG),
     "cpuid": Case(b"\x0f\xa2", 2),
+    "lower CR8": Case(b"\x44\x0f\x22\xc1", 4, modes=LONG),
     "rdmsr": Case(b"\x0f\x32", 2, modes=LONG),
     "iretq": Case(b"\x48\xcf", 3, modes=LONG),
     "syscall": Case(b"\x0f\x05", 0x40, modes=LONG),
@@ -105,6 +106,7 @@ def prepared(code: bytes, mode: LabMode) -> Bench:
     if mode is LabMode.LONG:
         sregs = bench.cpu.get(kvm.kvm_sregs)
         sregs.efer |= x86.EFER_SCE
+        sregs.cr8 = 15
         bench.cpu.set(sregs)
         bench.cpu.set_msrs({x86.MSR_STAR: KERNEL_CODE << 32, x86.MSR_LSTAR: CODE + 0x40})
     bench.vm.set_capability(0, Capability.MTRAP_EXIT, True)
