@@ -1,11 +1,12 @@
 """Run this project's KVM tests on two emulated hosts: kvm_amd under QEMU, kvm_intel under Bochs.
 
 ``python3 -m tests.hosts amd intel`` needs neither root nor /dev/kvm: both emulators carry out the
-processor's virtualization instructions in software. Each host is Debian's stock kernel with an
+processor's virtualization instructions in software. Each host is Debian's cloud kernel with an
 initrd that holds Debian's Python, pytest and this checkout. The modules, lowest first:
 
 * packages: fetch and unpack Debian packages into a cache folder;
 * initrd: what the host's root file system holds, written as cpio archives;
+* linux: what a host boots as a guest: Debian's cloud kernel and, where that is fast, the stock one;
 * init.sh: the first process inside the host; it runs the command and sends the results out;
 * machines: the two emulators, each a function from files to a command line;
 * quirks: a pytest plugin for use inside the hosts;

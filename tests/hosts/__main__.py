@@ -147,7 +147,7 @@ def _run_hosts(arguments: argparse.Namespace) -> list[session.Result]:
 def _build(jobs: dict[str, str], folder: Path, *, everything: bool) -> tuple[Path, dict[str, Path]]:
     """Return the kernel, and for each host the initrd with its job in it, made in folder.
 
-    everything: slow hosts get Linux as a guest, too.
+    everything: slow hosts get Linux as a guest, too, but never with the stock kernel.
     """
     wanted = packages.resolve()
     cache = packages.cache_folder() / packages.key(wanted)
@@ -161,12 +161,16 @@ def _build(jobs: dict[str, str], folder: Path, *, everything: bool) -> tuple[Pat
         initrd.build_base(root, kernel.name.removeprefix("vmlinuz-"), base)
     initrd.build_checkout(root, folder / "checkout")
     linux.build_archive(root, folder / "linux")
+    if any(host not in SLOW_HOSTS for host in jobs):
+        stock = linux.fetch_stock(wanted)
+        linux.build_archive(root, folder / "stock", stock)
     archives = {host: folder / f"initrd-{host}" for host in jobs}
+    left_out = ("stock",) if everything else ("linux", "stock")  # of slow hosts
     for host, archive in archives.items():
         initrd.build_job(jobs[host], folder / "job")
         with archive.open("wb") as out:
-            for part in (base, folder / "linux", folder / "checkout", folder / "job"):
-                if part.name == "linux" and host in SLOW_HOSTS and not everything:
+            for part in (base, *(folder / name for name in ("linux", "stock", "checkout", "job"))):
+                if part.name in left_out and host in SLOW_HOSTS:
                     continue
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, out)

@@ -98,14 +98,27 @@ def resolve() -> dict[str, str]:
     return _show([kernel, *static, *own, *LIBRARIES], "Version")
 
 
-def key(packages: dict[str, str]) -> str:
-    """Return a short name for this set of package versions."""
-    text = "".join(f"{name}={packages[name]}\n" for name in sorted(packages))
+def stock_kernel(packages: dict[str, str]) -> dict[str, str]:
+    """Return the package of the stock kernel, name -> version, that goes with resolve()'s kernel.
+
+    Debian builds both from one source package, in one version: there is nothing to look up.
+    """
+    name = next(name for name in packages if name.startswith("linux-image-"))
+    return {name.replace("-cloud-", "-"): packages[name]}
+
+
+def key(packages: dict[str, str], only: str = "") -> str:
+    """Return a short name for this set of package versions, and for the part that fetch() keeps."""
+    text = "".join(f"{name}={packages[name]}\n" for name in sorted(packages)) + only
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def fetch(packages: dict[str, str], folder: Path) -> Path:
-    """Download and unpack packages below folder; return the unpacked tree. Does nothing twice."""
+def fetch(packages: dict[str, str], folder: Path, only: str = "") -> Path:
+    """Download and unpack packages below folder; return the unpacked tree. Does nothing twice.
+
+    With only, a regular expression, the tree keeps the files in whose paths ("/boot/...") it is
+    found.
+    """
     tree = folder / "root"
     if tree.is_dir():
         return tree
@@ -117,6 +130,9 @@ def fetch(packages: dict[str, str], folder: Path) -> Path:
         _run(["apt-get", "download", "-q", *wanted], cwd=incomplete, hint=UPDATE_HINT)
         for package in sorted(incomplete.glob("*.deb")):
             _run(["dpkg", "-x", str(package), str(incomplete / "root")])
+        for path in (incomplete / "root").rglob("*") if only else ():
+            if path.is_file() and not re.search(only, f"/{path.relative_to(incomplete / 'root')}"):
+                path.unlink()
         os.rename(incomplete / "root", tree)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
