@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.hosts import initrd, linux, packages, report, session
+from tests.hosts import gdb, initrd, linux, packages, report, session
 from tests.hosts.machines import MACHINES
 from tests.hosts.packages import HostsError
 
@@ -104,10 +104,10 @@ def _job(host: str, arguments: argparse.Namespace) -> str:
 def _test_files(everything: bool) -> list[str]:
     """The files with KVM tests: only to collect all the others takes Bochs minutes.
 
-    Not those that need gdb or lldb, which the hosts do not have, and without everything not those
-    that start a process in each test.
+    Not those that need lldb, which the hosts do not have, and without everything not those that
+    start a process in each test.
     """
-    left_out = "needs_gdb|needs_lldb" if everything else "process"
+    left_out = "needs_lldb" if everything else "process"
     found = []
     for path in sorted(Path("tests").glob("test_*.py")):
         text = path.read_text()
@@ -164,12 +164,14 @@ def _build(jobs: dict[str, str], folder: Path, *, everything: bool) -> tuple[Pat
     if any(host not in SLOW_HOSTS for host in jobs):
         stock = linux.fetch_stock(wanted)
         linux.build_archive(root, folder / "stock", stock)
+    gdb.build_archive(gdb.fetch(), root, folder / "gdb")
     archives = {host: folder / f"initrd-{host}" for host in jobs}
     left_out = ("stock",) if everything else ("linux", "stock")  # of slow hosts
     for host, archive in archives.items():
         initrd.build_job(jobs[host], folder / "job")
         with archive.open("wb") as out:
-            for part in (base, *(folder / name for name in ("linux", "stock", "checkout", "job"))):
+            parts = ("gdb", "linux", "stock", "checkout", "job")
+            for part in (base, *(folder / name for name in parts)):
                 if part.name in left_out and host in SLOW_HOSTS:
                     continue
                 with part.open("rb") as source:

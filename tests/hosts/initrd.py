@@ -29,6 +29,7 @@ from tests.hosts.packages import LIBRARIES, HostsError
 CHECKOUT = Path(__file__).resolve().parents[2]
 CHECKOUT_PARTS = ("pyvmm", "tests", "guests", "docs", "pyproject.toml")
 MODULES = ("kvm-amd", "kvm-intel")
+LIBRARY_FOLDER = "usr/lib/x86_64-linux-gnu"
 
 # Parts of the standard library that no test uses and that would only cost memory and time to load.
 UNUSED = re.compile(
@@ -172,9 +173,9 @@ def _copy_python(root: Path, scratch: Path) -> Path:
     interpreter = next((root / "usr/bin").glob("python3.*"))
     (scratch / "usr/bin").mkdir(parents=True)
     shutil.copy(interpreter, scratch / "usr/bin")
-    library = scratch / "usr/lib/x86_64-linux-gnu"
+    library = scratch / LIBRARY_FOLDER
     library.mkdir(parents=True)
-    for file in _shared_libraries(root):
+    for file in shared_libraries(root):
         shutil.copy(file, library / file.name)
     (scratch / "usr/lib/ld-linux-x86-64.so.2").symlink_to("x86_64-linux-gnu/ld-linux-x86-64.so.2")
     standard = scratch / "usr/lib" / interpreter.name
@@ -193,10 +194,10 @@ def _copy_python(root: Path, scratch: Path) -> Path:
     return interpreter
 
 
-def _shared_libraries(root: Path) -> Iterator[Path]:
+def shared_libraries(root: Path) -> Iterator[Path]:
     """Yield the shared libraries of LIBRARIES, by the names programs ask for."""
     found = 0
-    for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"):
+    for folder in ("lib/x86_64-linux-gnu", LIBRARY_FOLDER):
         for file in sorted((root / folder).glob("*.so.*")):
             found += 1
             yield file
@@ -249,10 +250,8 @@ def _compile(root: Path, folder: Path, inside: str, *, keep_sources: bool = Fals
     the compiled files go where the sources were. "unchecked-hash" files are valid whatever a
     source's time: nothing in the host changes sources.
     """
-    loader = find(root, "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
     interpreter = next((root / "usr/bin").glob("python3.*"))
-    paths = [root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu"]
-    command = [str(loader), "--library-path", ":".join(map(str, paths)), str(interpreter)]
+    command = [*loader(root), str(interpreter)]
     options = ["-q", "-f", "-j0", "--invalidation-mode", "unchecked-hash", "-s", str(folder)]
     options += ["-p", inside] + ([] if keep_sources else ["-b"])
     done = subprocess.run(
@@ -268,6 +267,13 @@ def _compile(root: Path, folder: Path, inside: str, *, keep_sources: bool = Fals
     if not keep_sources:
         for source in folder.rglob("*.py"):
             source.unlink()
+
+
+def loader(root: Path) -> list[str]:
+    """Return the command that runs what follows it, a program below root, on root's libraries."""
+    program = find(root, "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+    paths = [root / "lib/x86_64-linux-gnu", root / LIBRARY_FOLDER]
+    return [str(program), "--library-path", ":".join(map(str, paths))]
 
 
 def modules(folder: Path, wanted: Sequence[str]) -> Iterator[tuple[str, bytes]]:

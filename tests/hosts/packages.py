@@ -107,6 +107,22 @@ def stock_kernel(packages: dict[str, str]) -> dict[str, str]:
     return {name.replace("-cloud-", "-"): packages[name]}
 
 
+def with_libraries(package: str) -> dict[str, str]:
+    """Return a package and the libraries that it depends on, also by way of others: its version.
+
+    Section "libs" is what has shared libraries; the others (debconf, dpkg) are for installing.
+    """
+    options = [f"--no-{kind}" for kind in UNUSED_RELATIONS]
+    listed = _run(["apt-cache", "depends", "--recurse", *options, package], hint=UPDATE_HINT)
+    # A package, then its relations, indented; <...> is a virtual one; a colon: not this machine's.
+    names = [name for name in listed.splitlines() if re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name)]
+    sections = _show(names, "Section")
+    return _show([name for name in names if name == package or sections[name] == "libs"], "Version")
+
+
+UNUSED_RELATIONS = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+
+
 def key(packages: dict[str, str], only: str = "") -> str:
     """Return a short name for this set of package versions, and for the part that fetch() keeps."""
     text = "".join(f"{name}={packages[name]}\n" for name in sorted(packages)) + only
