@@ -299,6 +299,11 @@ class Gdb:
         return line.decode(errors="replace").rstrip("\r")
 
 
+def write(gdb: Gdb, address: int, data: bytes) -> None:
+    """Write guest memory."""
+    gdb.command(f"-data-write-memory-bytes {address:#x} {data.hex()}")
+
+
 def _quote(text: str) -> str:
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

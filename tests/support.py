@@ -17,7 +17,7 @@ from types import TracebackType
 import pytest
 
 from pyvmm import exits, handles, kvm
-from pyvmm.hostprobe import FINDINGS, host
+from pyvmm.hostprobe import FINDINGS, Finding, host
 from pyvmm.hypervisor import VM
 from pyvmm.lab import CODE, PAGE_TABLES, RAM, STACK, Lab, LabMode
 from pyvmm.vcpurecord import KICK_SIGNAL
@@ -40,9 +40,20 @@ def requires(name: str) -> None:
 
     CI allows skips with exactly this reason, and no others on a machine with /dev/kvm.
     """
-    finding = next(finding for finding in FINDINGS if finding.name == name)
+    finding = _finding(name)
     if not finding.measure(host()):
         pytest.skip(f"host probe: {name} is missing: {finding.bad}")
+
+
+def lacks(name: str) -> None:
+    """Skip the test, of what a user is told then, where the host probe's finding is there."""
+    finding = _finding(name)
+    if finding.measure(host()):
+        pytest.skip(f"host probe: {name} is there: {finding.good}")
+
+
+def _finding(name: str) -> Finding:
+    return next(finding for finding in FINDINGS if finding.name == name)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
