@@ -269,8 +269,9 @@ def _layout(registers: PagingRegisters) -> _Layout:
         high = no_xd | _bits(62, registers.maxphyaddr)
         # The processor keeps the four PDPTEs in registers that MOV to CR3 loads. They are read
         # from memory here: a guest that changed them without reloading CR3 sees the old ones.
-        # They have no R/W, U/S and XD bits: the bits at these places are reserved.
-        pdpte_reserved = _bits(63, registers.maxphyaddr) | _bits(8, 5) | _bits(2, 1)
+        # They have no R/W, U/S and XD bits: the bits at these places are reserved. So is the one
+        # where others have A, but QEMU's SVM sets it, and the guest runs on.
+        pdpte_reserved = _bits(63, registers.maxphyaddr) | _bits(8, 6) | _bits(2, 1)
         levels: tuple[_Level, ...] = (
             _Level("PDPTE", 30, 2, table_reserved=pdpte_reserved, has_rights=False),
             _Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),

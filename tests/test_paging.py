@@ -323,7 +323,7 @@ RESERVED = [
     (L4, [ALL, ALL, ALL, ALL | 1 << 51], "PTE", {"maxphyaddr": 51}),
     (PagingMode.PAE, [P | RW], "PDPTE", {}),
     (PagingMode.PAE, [P | US], "PDPTE", {}),
-    (PagingMode.PAE, [P | 1 << 5], "PDPTE", {}),
+    (PagingMode.PAE, [P | 1 << 6], "PDPTE", {}),
     (PagingMode.PAE, [P | PS], "PDPTE", {}),
     (PagingMode.PAE, [P | XD], "PDPTE", {}),
     (PagingMode.PAE, [P, ALL | PS | 1 << 13], "PDE", {}),
@@ -354,6 +354,7 @@ def test_a_reserved_bit_is_a_fault_of_its_level(mode, values, level, keywords):
         (L4, [ALL, ALL | PS | 1 << 12]),  # PAT
         (PagingMode.BITS32, [ALL, ALL | 1 << 7]),  # PAT in a PTE, not PS
         (PagingMode.BITS32, [ALL | PS | 0xFF << 13]),
+        (PagingMode.PAE, [P | 1 << 5, ALL | PS]),  # A in a PDPTE, by QEMU
     ],
 )
 def test_bits_that_are_ignored_or_mean_something_else_are_no_fault(mode, values):
