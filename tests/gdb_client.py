@@ -31,8 +31,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.conftest import GUESTS, REPOSITORY
-
-PATIENCE = 20.0  # seconds to wait for what must happen: never reached unless there is a bug
+from tests.support import PATIENCE
 
 # gdb must neither ask a server in the network for symbols nor read what its user has configured;
 # and warnings of the Python in it are not ours.
