@@ -6,8 +6,8 @@ initrd that holds Debian's Python, pytest and this checkout. The modules, lowest
 
 * packages: fetch and unpack Debian packages into a cache folder;
 * initrd: what the host's root file system holds, written as cpio archives;
-* linux, gdb: archives of their own: Debian's cloud kernel to be a guest (and, where that is fast,
-  the stock one), a debugger;
+* linux, xen, gdb: archives of their own: Debian's cloud kernel to be a guest (and the stock one,
+  where that is fast), Xen, a debugger;
 * init.sh: the first process inside the host; it runs the command and sends the results out;
 * machines: the two emulators, each a function from files to a command line;
 * quirks: a pytest plugin for use inside the hosts;

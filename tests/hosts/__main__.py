@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.hosts import gdb, initrd, linux, packages, report, session
+from tests.hosts import gdb, initrd, linux, packages, report, session, xen
 from tests.hosts.machines import MACHINES
 from tests.hosts.packages import HostsError
 
@@ -165,12 +165,13 @@ def _build(jobs: dict[str, str], folder: Path, *, everything: bool) -> tuple[Pat
         stock = linux.fetch_stock(wanted)
         linux.build_archive(root, folder / "stock", stock)
     gdb.build_archive(gdb.fetch(), root, folder / "gdb")
+    xen.build_archive(folder / "xen")
     archives = {host: folder / f"initrd-{host}" for host in jobs}
     left_out = ("stock",) if everything else ("linux", "stock")  # of slow hosts
     for host, archive in archives.items():
         initrd.build_job(jobs[host], folder / "job")
         with archive.open("wb") as out:
-            parts = ("gdb", "linux", "stock", "checkout", "job")
+            parts = ("gdb", "xen", "linux", "stock", "checkout", "job")
             for part in (base, *(folder / name for name in parts)):
                 if part.name in left_out and host in SLOW_HOSTS:
                     continue

@@ -107,6 +107,12 @@ def stock_kernel(packages: dict[str, str]) -> dict[str, str]:
     return {name.replace("-cloud-", "-"): packages[name]}
 
 
+def dependency(metapackage: str, pattern: str) -> dict[str, str]:
+    """Return the package by this pattern that metapackage depends on: name -> version."""
+    name = _dependency(_show([metapackage], "Depends"), metapackage, pattern)
+    return _show([name], "Version")
+
+
 def with_libraries(package: str) -> dict[str, str]:
     """Return a package and the libraries that it depends on, also by way of others: its version.
 
