@@ -102,9 +102,9 @@ def complete(cpu: Cpu, code: bytes) -> bool:
     return False
 
 
-def deliver_or_undo(cpu: Cpu, vector: int) -> bool:
+def deliver_or_undo(cpu: Cpu, vector: int, *, external: bool = False) -> bool:
     """deliver(), or False with nothing changed where it would fault on the way."""
-    return or_undo(cpu, lambda: deliver(cpu, vector))
+    return or_undo(cpu, lambda: deliver(cpu, vector, external))
 
 
 def or_undo(cpu: Cpu, change: Callable[[], None]) -> bool:
@@ -319,9 +319,9 @@ class _Stack:
         cpu.regs.rsp = rsp
 
 
-def deliver(cpu: Cpu, vector: int) -> None:
+def deliver(cpu: Cpu, vector: int, external: bool = False) -> None:
     """Deliver software interrupt `vector` through the guest's IDT or IVT, RIP being the return
-    address already.
+    address already; or an `external` one, for which every gate is good.
 
     Intel SDM vol. 3A, "Interrupt and Exception Handling"; vol. 1, "Interrupts in Real-Address
     Mode".  Raises CannotComplete, or what Cpu.read and Cpu.write raise.
@@ -332,9 +332,9 @@ def deliver(cpu: Cpu, vector: int) -> None:
     elif mode is CpuMode.V8086:
         raise CannotComplete("virtual-8086 mode")
     elif cpu.sregs.efer & x86.EFER_LMA:
-        _deliver_long(cpu, vector)
+        _deliver_long(cpu, vector, external)
     else:
-        _deliver_protected(cpu, vector)
+        _deliver_protected(cpu, vector, external)
     cpu.regs.rflags &= ~(x86.RFLAGS_TF | x86.RFLAGS_NT | x86.RFLAGS_RF | x86.RFLAGS_VM)
 
 
@@ -348,10 +348,10 @@ def _deliver_real(cpu: Cpu, vector: int) -> None:
     cpu.regs.rflags &= ~x86.RFLAGS_IF
 
 
-def _deliver_long(cpu: Cpu, vector: int) -> None:
+def _deliver_long(cpu: Cpu, vector: int, external: bool) -> None:
     _check_limit(cpu, 16 * vector + 15)
     low, high, _ = struct.unpack("<QII", cpu.read(cpu.sregs.idt.base + 16 * vector, 16))
-    kind = _check_gate(cpu, low)
+    kind = _check_gate(cpu, low, external)
     selector = low >> 16 & 0xFFFF
     target = _load_code_segment(cpu, selector)
     if not target.l:
@@ -372,10 +372,10 @@ def _deliver_long(cpu: Cpu, vector: int) -> None:
     _enter_handler(cpu, kind, low & 0xFFFF | low >> 32 & 0xFFFF0000 | high << 32)
 
 
-def _deliver_protected(cpu: Cpu, vector: int) -> None:
+def _deliver_protected(cpu: Cpu, vector: int, external: bool) -> None:
     _check_limit(cpu, 8 * vector + 7)
     gate = _read_u64(cpu, cpu.sregs.idt.base + 8 * vector)
-    kind = _check_gate(cpu, gate)
+    kind = _check_gate(cpu, gate, external)
     target = _load_code_segment(cpu, gate >> 16 & 0xFFFF)
     old, old_cs, old_ss = cpu.regs, cpu.sregs.cs.selector, cpu.sregs.ss.selector
     size = 2 if kind in (x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16) else 4
@@ -408,13 +408,13 @@ def _check_limit(cpu: Cpu, last_byte: int) -> None:
         raise CannotComplete("#GP: beyond the IDT's limit")
 
 
-def _check_gate(cpu: Cpu, gate: int) -> int:
-    """The type of an interrupt or trap gate that this privilege level may use."""
+def _check_gate(cpu: Cpu, gate: int, external: bool) -> int:
+    """The type of an interrupt or trap gate; one that this privilege level, or no program, uses."""
     kind, dpl, present = gate >> 40 & 0x1F, gate >> 45 & 3, gate >> 47 & 1
     gates = [x86.TYPE_INTERRUPT_GATE, x86.TYPE_TRAP_GATE]
     if not cpu.sregs.efer & x86.EFER_LMA:
         gates += [x86.TYPE_INTERRUPT_GATE16, x86.TYPE_TRAP_GATE16]
-    if kind not in gates or not present or dpl < cpu.cpl:
+    if kind not in gates or not present or (dpl < cpu.cpl and not external):
         raise CannotComplete("#GP or #NP, or a task gate")
     return kind
 

@@ -178,6 +178,27 @@ def test_a_guests_own_int3_right_behind_io_while_another_vcpu_steps() -> None:
         assert bench.enter() == exits.InOut(0x11, 1, False, 1, b"\x5a")
 
 
+@pytest.mark.parametrize("mode", LabMode)
+def test_an_interrupt_on_its_way_is_delivered_before_a_vcpu_parks(mode: LabMode) -> None:
+    """KVM has taken it from the controller when a kick comes; then it must not begin a step."""
+    requires("irqchip")
+    vector = 0x1E  # one for which the laboratory has a handler
+    with Bench(NOP * 20, mode, irqchip=True) as bench:
+        start = bench.rip
+        bench.activate()
+        events = bench.cpu.get(kvm.kvm_vcpu_events)
+        events.interrupt.injected, events.interrupt.nr, events.flags = 1, vector, 0
+        bench.cpu.set(events)
+        bench.vm.suspend_cpu(0)
+        handler = HANDLERS + 16 * vector
+        for _ in range(2):
+            assert bench.enter() == exits.Debug()
+            assert bench.rip == (16 * vector if mode is LabMode.REAL else handler)
+        assert bench.pushed_rip() == start
+        assert not bench.cpu.get(kvm.kvm_vcpu_events).interrupt.injected
+        assert not any(bench.cpu.get(kvm.kvm_sregs).interrupt_bitmap)
+
+
 def test_lowering_cr8_is_no_exit() -> None:
     """On processors with VMX or SVM it leaves the guest where there is no irqchip."""
     code = bytes.fromhex("b80f000000 440f22c0 31c0 440f22c0 e610")  # mov eax, 15; mov cr8, rax; ...
