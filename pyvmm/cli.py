@@ -15,6 +15,7 @@ from pyvmm.console import EscapeKeys, KeptOutput, Output, RawTerminal, in_backgr
 from pyvmm.light import TYPE_CHECKING, NoReturn
 from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
+from pyvmm.version import VERSION
 
 if TYPE_CHECKING:
     from pyvmm.debug import Address, DebugServer
@@ -228,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="show what this host's KVM can do, and run nothing"
     )
     host.add_argument("--json", action="store_true", help="with --probe: print JSON")
+    host.add_argument("--version", action="version", version=f"pyvmm {VERSION}")
     host.add_argument(
         "--require", metavar="NAME,...", help="with --probe: fail (status 4) if one is missing"
     )

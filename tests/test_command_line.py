@@ -23,6 +23,7 @@ import pytest
 
 from pyvmm.boot.linux import ENTRY64_OFFSET
 from pyvmm.hostprobe import FINDINGS, host
+from pyvmm.version import VERSION
 from tests.conftest import GUESTS, REPOSITORY
 from tests.test_linux_boot_images import bzimage
 
@@ -811,6 +812,11 @@ def test_help_shows_examples_and_the_exit_statuses() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     for word in ("--timeout", "--mode", "-c", "-m", "124", "130/143", "hello.bin", "--probe"):
         assert word in result.stdout
+
+
+def test_the_version() -> None:
+    result = pyvmm("--version")
+    assert (result.returncode, result.stdout) == (0, f"pyvmm {VERSION}\n")
 
 
 @pytest.mark.kvm
