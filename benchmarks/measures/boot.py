@@ -32,6 +32,7 @@ from benchmarks.processes import ROOT
 from benchmarks.stubs import QEMU
 
 _PATIENCE, _QUICK_PATIENCE = 30.0, 2.0  # seconds
+_LINUX_PATIENCE = 300.0  # where each instruction is translated
 TCG = "QEMU TCG"  # the contender's name
 MICROVM = "QEMU microvm"  # and that of QEMU's machine without a BIOS to wait for, and without PCI
 
@@ -50,16 +51,18 @@ def _boot(command: Sequence[str], done: bytes, patience: float, *, ends: bool = 
     return Sample(wall * 1e3)
 
 
-def _patience(context: Context) -> float:
-    return _QUICK_PATIENCE if context.quick else _PATIENCE
-
-
 def _boot_or_give_up(
-    command: Sequence[str], done: bytes, context: Context, *, ends: bool = True
+    command: Sequence[str],
+    done: bytes,
+    context: Context,
+    patience: float = _PATIENCE,
+    *,
+    ends: bool = True,
 ) -> Sample:
     """The same of a contender that may be too slow here."""
+    patience = _QUICK_PATIENCE if context.quick else patience
     try:
-        return _boot(command, done, _patience(context), ends=ends)
+        return _boot(command, done, patience, ends=ends)
     except RuntimeError as error:
         raise Unavailable(f"{error}{' (--quick)' if context.quick else ''}") from None
 
@@ -118,7 +121,7 @@ def _linux(append: str, done: bytes | None, context: Context) -> Iterator[Conten
     files = ["-initrd", str(initrd), "-append", append, "-kernel", str(kernel)]
 
     def boot(command: Sequence[str]) -> Sample:
-        return _boot_or_give_up(command, done or prompt, context, ends=False)
+        return _boot_or_give_up(command, done or prompt, context, _LINUX_PATIENCE, ends=False)
 
     def qemu(*machine: str) -> Sampler:
         return lambda: boot(_qemu("kvm", _LINUX_MIB, *machine, *files))
