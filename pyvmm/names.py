@@ -6,6 +6,9 @@ Linux kernel has in guest memory.  That one is kept until the guest is reset.
 
 from __future__ import annotations
 
+import os
+import stat
+
 from pyvmm.hypervisor import VM
 from pyvmm.kvm import kvm_sregs
 from pyvmm.light import TYPE_CHECKING
@@ -34,6 +37,8 @@ class Names:
 
     def load(self, path: str) -> None:
         """Take the names from an ELF file or a System.map.  Raises OSError and ValueError."""
+        if not stat.S_ISREG(os.stat(path).st_mode):  # some others can be read for ever
+            raise ValueError(f"{path}: not a regular file")
         self._from_file = Symbols.from_elf(path) if elf_bits(path) else Symbols.from_map(path)
         self._path = path
 

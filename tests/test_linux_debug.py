@@ -126,6 +126,12 @@ def test_a_file_that_the_user_names_goes_before(client: RspClient, tmp_path: Pat
     assert client.monitor(f"symbols {path}") == f"vCPU 0: at mine+0x1\nnames: {path}\n"
 
 
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev", "/no/such/file"])
+def test_what_is_no_file_with_symbols_is_one_line(client: RspClient, path: str) -> None:
+    answer = client.monitor(f"symbols {path}")
+    assert path in answer and answer.count("\n") == 1
+
+
 @pytest.mark.parametrize("start_kernel", [START_KERNEL - MOVED, START_KERNEL])
 def test_a_file_of_a_kernel_that_has_moved_fits_as_it_was_linked_and_as_it_runs(
     client: RspClient, tmp_path: Path, start_kernel: int
