@@ -15,6 +15,7 @@ from pyvmm import debugstate, paging, x86
 from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING
+from pyvmm.mappings import MappedRange, mappings
 from pyvmm.memory import VirtualMemory
 from pyvmm.names import Names
 from pyvmm.registers import Architecture, Value, architecture_for
@@ -229,14 +230,14 @@ class MachineTarget:
         page = gva & ~0xFFF
         if not sregs.cr0 & x86.CR0_PG:
             ranges = [
-                paging.Mapping(slot.gpa, slot.gpa, slot.size, 1 << 12, _ALL_PERMISSIONS)
+                MappedRange(slot.gpa, slot.gpa, slot.size, 1 << 12, _ALL_PERMISSIONS)
                 for slot in self.vm.memory.slots
                 if slot.end > page
             ]
             ranges.sort()
         else:
             read = self.vm.memory.read
-            ranges = list(paging.mappings(read, registers, start_gva=page, max_ranges=1).ranges)
+            ranges = list(mappings(read, registers, start_gva=page, max_ranges=1).ranges)
         if not ranges:
             return MemoryRegion(page, (1 << 64) - page, "")
         found = ranges[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pyvmm import monitor_kernel, paging, report
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING, NamedTuple
+from pyvmm.mappings import mappings
 from pyvmm.registers import Bank
 from pyvmm.target import TargetError
 
@@ -112,9 +113,9 @@ def _translate(target: MachineTarget, words: list[str]) -> str:
 
 def _pagetables(target: MachineTarget, words: list[str]) -> str:
     registers = _paging_registers(target, _vcpu(target, words))
-    if paging.paging_mode(*registers[:1], *registers[2:4]) is paging.PagingMode.NONE:
+    if not registers.cr0 & paging.CR0_PG:
         return "paging is off: addresses are physical"
-    found = paging.mappings(target.vm.memory.read, registers, max_ranges=500)
+    found = mappings(target.vm.memory.read, registers, max_ranges=500)
     lines = [
         f"{m.gva:#018x} - {m.gva + m.length:#018x}  GPA {m.gpa:#x}  {m.permissions}  "
         f"{_size(m.page_bytes)} pages"

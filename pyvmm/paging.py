@@ -6,7 +6,7 @@ pure functions: the page tables come from a callback `read_physical(gpa, length)
 raises `GuestMemoryError` where there is no RAM, and the rest comes from the control registers.
 Nothing here knows of KVM.
 
-Source: Intel SDM vol. 3A, chapter "Paging". Each level of each mode is one row in `_layout`; the
+Source: Intel SDM vol. 3A, chapter "Paging". Each level of each mode is one row in `layout_of`; the
 walk itself is one loop that knows no mode.
 
 Left out on purpose: permission checks (a debugger reads and writes as CPL 0 and ignores write
@@ -18,8 +18,7 @@ processor may still use an older translation), and linear-address masking (LAM).
 from __future__ import annotations
 
 import functools
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 
 from pyvmm.errors import GuestMemoryError
@@ -47,7 +46,7 @@ ENTRY_US = 1 << 2  # user-mode accesses allowed
 ENTRY_PS = 1 << 7  # "page size": the entry maps a large page. In a PTE this bit is PAT
 ENTRY_XD = 1 << 63  # execute-disable
 
-_GVA32_MASK = (1 << 32) - 1
+GVA32_MASK = (1 << 32) - 1
 
 
 def _bits(high: int, low: int) -> int:
@@ -55,7 +54,7 @@ def _bits(high: int, low: int) -> int:
     return (1 << (high + 1)) - (1 << low) if high >= low else 0
 
 
-_ADDRESS_MASK = _bits(51, 12)  # where an entry of any format holds a physical address
+ADDRESS_MASK = _bits(51, 12)  # where an entry of any format holds a physical address
 
 
 class PagingMode(Enum):
@@ -169,24 +168,7 @@ class Walk(NamedTuple):
     fault: Fault | None
 
 
-class Mapping(NamedTuple):
-    """`length` bytes of gvas in a row that map to as many gpas in a row, all in the same way."""
-
-    gva: int
-    gpa: int
-    length: int
-    page_bytes: int
-    permissions: Permissions
-
-
-class Mappings(NamedTuple):
-    """What `mappings` found. `next_gva` is where it gave up, or None: then the list is complete."""
-
-    ranges: tuple[Mapping, ...]
-    next_gva: int | None
-
-
-class _Level(NamedTuple):
+class Level(NamedTuple):
     """One level of a paging mode: a row of the SDM's tables of entry formats.
 
     The index into the table is the `index_bits` bits of the gva from bit `shift` up, so an entry
@@ -209,13 +191,13 @@ class _Level(NamedTuple):
 
     def page_gpa(self, entry: int) -> int:
         """The gpa of the page that `entry` maps."""
-        gpa = entry & _ADDRESS_MASK & -(1 << self.shift)
+        gpa = entry & ADDRESS_MASK & -(1 << self.shift)
         if self.pse36:
             gpa |= (entry >> 13 & 0xFF) << 32
         return gpa
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """A paging mode with everything a walk needs to know of it.
 
     `entry_bytes` and `entry_format`, as `struct` knows it, are the size and layout of an entry.
@@ -225,7 +207,7 @@ class _Layout(NamedTuple):
     entry_bytes: int
     entry_format: str
     root_gpa: int
-    levels: tuple[_Level, ...]
+    levels: tuple[Level, ...]
 
     @property
     def gva_bits(self) -> int:
@@ -235,10 +217,10 @@ class _Layout(NamedTuple):
 
 # R/W, U/S and the *inverse* of XD are kept in one number, because then a level takes permissions
 # away with one AND, whatever they are.
-_ALL_RIGHTS = ENTRY_RW | ENTRY_US | ENTRY_XD
+ALL_RIGHTS = ENTRY_RW | ENTRY_US | ENTRY_XD
 
 
-def _permissions(rights: int) -> Permissions:
+def permissions_of(rights: int) -> Permissions:
     return Permissions(
         writable=rights & ENTRY_RW != 0,
         user=rights & ENTRY_US != 0,
@@ -258,7 +240,7 @@ def paging_mode(cr0: int, cr4: int, efer: int) -> PagingMode:
 
 
 @functools.lru_cache(maxsize=64)  # a debugger asks with the same registers thousands of times
-def _layout(registers: PagingRegisters) -> _Layout:
+def layout_of(registers: PagingRegisters) -> Layout:
     """The levels of the paging mode in use, top first. SDM vol. 3A, one section a mode."""
     mode = paging_mode(registers.cr0, registers.cr4, registers.efer)
     if mode is PagingMode.BITS32:
@@ -272,27 +254,27 @@ def _layout(registers: PagingRegisters) -> _Layout:
         # They have no R/W, U/S and XD bits: the bits at these places are reserved. So is the one
         # where others have A, but QEMU's SVM sets it, and the guest runs on.
         pdpte_reserved = _bits(63, registers.maxphyaddr) | _bits(8, 6) | _bits(2, 1)
-        levels: tuple[_Level, ...] = (
-            _Level("PDPTE", 30, 2, table_reserved=pdpte_reserved, has_rights=False),
-            _Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
-            _Level("PTE", 12, 9, page_reserved=high),
+        levels: tuple[Level, ...] = (
+            Level("PDPTE", 30, 2, table_reserved=pdpte_reserved, has_rights=False),
+            Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
+            Level("PTE", 12, 9, page_reserved=high),
         )
-        return _Layout(mode, 8, "<Q", registers.cr3 & _bits(31, 5), levels)
+        return Layout(mode, 8, "<Q", registers.cr3 & _bits(31, 5), levels)
 
     high = no_xd | _bits(51, registers.maxphyaddr)
     levels = (
-        _Level("PML5E", 48, 9, table_reserved=high | ENTRY_PS),
-        _Level("PML4E", 39, 9, table_reserved=high | ENTRY_PS),
-        _Level("PDPTE", 30, 9, high, high | _bits(29, 13), large_page=True),
-        _Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
-        _Level("PTE", 12, 9, page_reserved=high),
+        Level("PML5E", 48, 9, table_reserved=high | ENTRY_PS),
+        Level("PML4E", 39, 9, table_reserved=high | ENTRY_PS),
+        Level("PDPTE", 30, 9, high, high | _bits(29, 13), large_page=True),
+        Level("PDE", 21, 9, high, high | _bits(20, 13), large_page=True),
+        Level("PTE", 12, 9, page_reserved=high),
     )
     if mode is PagingMode.LEVEL4:
         levels = levels[1:]
-    return _Layout(mode, 8, "<Q", registers.cr3 & _ADDRESS_MASK, levels)
+    return Layout(mode, 8, "<Q", registers.cr3 & ADDRESS_MASK, levels)
 
 
-def _layout_bits32(registers: PagingRegisters) -> _Layout:
+def _layout_bits32(registers: PagingRegisters) -> Layout:
     """32-bit paging: two levels of 4-byte entries, which have no XD bit and few reserved ones.
 
     With CR4.PSE a PDE can map 4 MiB, and PSE-36 places that page anywhere below 2**M, where M is
@@ -301,30 +283,30 @@ def _layout_bits32(registers: PagingRegisters) -> _Layout:
     pse = registers.cr4 & CR4_PSE != 0
     page_reserved = _bits(21, min(40, registers.maxphyaddr) - 19)
     levels = (
-        _Level("PDE", 22, 10, page_reserved=page_reserved, large_page=pse, pse36=pse),
-        _Level("PTE", 12, 10),
+        Level("PDE", 22, 10, page_reserved=page_reserved, large_page=pse, pse36=pse),
+        Level("PTE", 12, 10),
     )
-    return _Layout(PagingMode.BITS32, 4, "<I", registers.cr3 & _bits(31, 12), levels)
+    return Layout(PagingMode.BITS32, 4, "<I", registers.cr3 & _bits(31, 12), levels)
 
 
-def _sign_extend(gva: int, bits: int) -> int:
+def sign_extend(gva: int, bits: int) -> int:
     """The canonical 64-bit address whose low `bits` bits are those of `gva`."""
     sign = 1 << (bits - 1)
     return ((gva & ((sign << 1) - 1)) ^ sign) - sign & (1 << 64) - 1
 
 
-_Visited = tuple[_Level, int, int]  # entry_gpa, entry
+_Visited = tuple[Level, int, int]  # entry_gpa, entry
 
 
 def _descend(
-    read_physical: ReadPhysical, layout: _Layout, gva: int
+    read_physical: ReadPhysical, layout: Layout, gva: int
 ) -> tuple[list[_Visited], Fault | None]:
     """Follow `gva` down the tables: each entry read, and the fault.
 
     Without a fault the last entry maps the page.
     """
     visited: list[_Visited] = []
-    if layout.gva_bits > 32 and gva != _sign_extend(gva, layout.gva_bits):
+    if layout.gva_bits > 32 and gva != sign_extend(gva, layout.gva_bits):
         return visited, Fault(FaultReason.NON_CANONICAL)
     table_gpa = layout.root_gpa
     for level in layout.levels:
@@ -342,7 +324,7 @@ def _descend(
             return visited, Fault(FaultReason.RESERVED, level.name, entry_gpa)
         if maps_page:
             break
-        table_gpa = entry & _ADDRESS_MASK
+        table_gpa = entry & ADDRESS_MASK
     return visited, None
 
 
@@ -354,7 +336,7 @@ class Page(NamedTuple):
     entries: tuple[tuple[int, bytes], ...]  # the gpa and the bytes of each
 
 
-_UNPAGED = Page(0, _GVA32_MASK + 1, ())
+_UNPAGED = Page(0, GVA32_MASK + 1, ())
 
 
 def find_page(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> Page:
@@ -367,9 +349,9 @@ def find_page(read_physical: ReadPhysical, registers: PagingRegisters, gva: int)
     """
     if not registers.cr0 & CR0_PG:
         return _UNPAGED
-    layout = _layout(registers)
+    layout = layout_of(registers)
     if layout.gva_bits == 32:
-        gva &= _GVA32_MASK
+        gva &= GVA32_MASK
     visited, fault = _descend(read_physical, layout, gva)
     if fault is not None:
         raise TranslationFault(gva, fault)
@@ -386,14 +368,14 @@ def walk(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> W
     """
     mode = paging_mode(registers.cr0, registers.cr4, registers.efer)
     if mode is PagingMode.NONE:
-        gva &= _GVA32_MASK
-        return Walk(mode, gva, (), gva, 1 << 32, _permissions(_ALL_RIGHTS), None)
-    layout = _layout(registers)
+        gva &= GVA32_MASK
+        return Walk(mode, gva, (), gva, 1 << 32, permissions_of(ALL_RIGHTS), None)
+    layout = layout_of(registers)
     if layout.gva_bits == 32:
-        gva &= _GVA32_MASK
+        gva &= GVA32_MASK
     visited, fault = _descend(read_physical, layout, gva)
 
-    rights = _ALL_RIGHTS
+    rights = ALL_RIGHTS
     for level, _, entry in visited:
         if entry & ENTRY_P and level.has_rights:
             rights &= entry ^ ENTRY_XD
@@ -402,11 +384,11 @@ def walk(read_physical: ReadPhysical, registers: PagingRegisters, gva: int) -> W
         for level, entry_gpa, entry in visited
     )
     if fault is not None:
-        return Walk(mode, gva, steps, None, 0, _permissions(rights), fault)
+        return Walk(mode, gva, steps, None, 0, permissions_of(rights), fault)
     level, _, entry = visited[-1]
     page_bytes = 1 << level.shift
     gpa = level.page_gpa(entry) + (gva & (page_bytes - 1))
-    return Walk(mode, gva, steps, gpa, page_bytes, _permissions(rights), None)
+    return Walk(mode, gva, steps, gpa, page_bytes, permissions_of(rights), None)
 
 
 _RIGHTS_FLAGS = (("RW", ENTRY_RW), ("US", ENTRY_US), ("XD", ENTRY_XD))
@@ -414,7 +396,7 @@ _CACHE_FLAGS = (("PWT", 1 << 3), ("PCD", 1 << 4))
 _PAGE_FLAGS = (("D", 1 << 6), ("G", 1 << 8))
 
 
-def _flag_names(level: _Level, entry: int) -> tuple[str, ...]:
+def _flag_names(level: Level, entry: int) -> tuple[str, ...]:
     """The SDM's names of the flags set in `entry`; bits that the processor ignores have none."""
     if not entry & ENTRY_P:
         return ()
@@ -426,110 +408,3 @@ def _flag_names(level: _Level, entry: int) -> tuple[str, ...]:
         large = (("PS", ENTRY_PS), ("PAT", 1 << 12))
         flags += _PAGE_FLAGS + (large if level.shift > 12 else (("PAT", 1 << 7),))
     return tuple(name for name, bit in flags if entry & bit)
-
-
-def mappings(
-    read_physical: ReadPhysical,
-    registers: PagingRegisters,
-    *,
-    start_gva: int = 0,
-    max_ranges: int = 4096,
-    max_entries: int = 1 << 20,
-) -> Mappings:
-    """Everything that is mapped at or above `start_gva`, in ranges as long as possible.
-
-    Page tables are the guest's data and may be anything. A table that contains itself (a common
-    trick, and a legal one) maps up to 2**48 bytes in 4 KiB pages, so the search ends after
-    `max_ranges` ranges or `max_entries` visited entries, present or not; `next_gva` then says from
-    where on to ask again. Entries with reserved bits set, and tables outside RAM, map nothing.
-    """
-    if not registers.cr0 & CR0_PG:
-        everything = Mapping(0, 0, 1 << 32, 1 << 32, _permissions(_ALL_RIGHTS))
-        return Mappings((everything,) if start_gva <= _GVA32_MASK else (), None)
-
-    ranges: list[Mapping] = []
-    first: _Page | None = None  # the first page of the range that is being put together, and
-    length = 0  # its length so far
-
-    def close_range() -> None:
-        if first is not None:
-            gva, gpa, page_bytes, rights = first
-            ranges.append(Mapping(gva, gpa, length, page_bytes, _permissions(rights)))
-
-    next_gva = None
-    try:
-        for page in _pages(read_physical, _layout(registers), start_gva, max_entries):
-            gva, gpa, page_bytes, rights = page
-            if first == (gva - length, gpa - length, page_bytes, rights):
-                length += page_bytes
-                continue
-            close_range()
-            first = None
-            if len(ranges) == max_ranges:
-                next_gva = gva
-                break
-            first, length = page, page_bytes
-    except _EntriesSpentError as spent:
-        next_gva = max(start_gva, spent.gva)
-    close_range()
-    return Mappings(tuple(ranges), next_gva)
-
-
-_Page = tuple[int, int, int, int]  # gva, gpa, page_bytes, rights
-
-
-class _EntriesSpentError(Exception):
-    """`_pages` may visit no more entries; the table for `gva` is the first that it did not read."""
-
-    def __init__(self, gva: int) -> None:
-        self.gva = gva
-
-
-def _pages(
-    read_physical: ReadPhysical, layout: _Layout, start_gva: int, max_entries: int
-) -> Iterator[_Page]:
-    """Yield each page that is mapped above `start_gva`, in order of gva.
-
-    Raises _EntriesSpentError before the table that would exceed `max_entries`.
-    """
-    entries_left = max_entries
-
-    def table(depth: int, table_gpa: int, table_gva: int, table_rights: int) -> Iterator[_Page]:
-        nonlocal entries_left
-        level = layout.levels[depth]
-        span = 1 << level.shift
-        entries_left -= 1 << level.index_bits
-        if entries_left < 0:
-            raise _EntriesSpentError(table_gva)
-        for index, entry, maps_page in _present_entries(read_physical, layout, level, table_gpa):
-            gva = table_gva + index * span
-            if depth == 0 and layout.gva_bits > 32:
-                gva = _sign_extend(gva, layout.gva_bits)
-            if gva + span <= start_gva:
-                continue
-            rights = table_rights & (entry ^ ENTRY_XD) if level.has_rights else table_rights
-            if maps_page:
-                yield gva, level.page_gpa(entry), span, rights
-            else:
-                yield from table(depth + 1, entry & _ADDRESS_MASK, gva, rights)
-
-    return table(0, layout.root_gpa, 0, _ALL_RIGHTS)
-
-
-def _present_entries(
-    read_physical: ReadPhysical, layout: _Layout, level: _Level, table_gpa: int
-) -> Iterator[tuple[int, int, bool]]:
-    """(index, entry, maps a page) of each entry of a table that a walk could pass.
-
-    None if the table is not in RAM. The table is read as a whole: it is never larger than a page.
-    """
-    count = 1 << level.index_bits
-    try:
-        table = read_physical(table_gpa, count * layout.entry_bytes)
-    except GuestMemoryError:
-        return
-    for index, (entry,) in enumerate(struct.iter_unpack(layout.entry_format, table)):
-        if entry & ENTRY_P:
-            maps_page = level.maps_page(entry)
-            if not entry & (level.page_reserved if maps_page else level.table_reserved):
-                yield index, entry, maps_page

@@ -9,10 +9,10 @@ import pytest
 
 from pyvmm.boot.entry import identity_map
 from pyvmm.errors import GuestMemoryError
+from pyvmm.mappings import MappedRange, mappings
 from pyvmm.paging import (
     Fault,
     FaultReason,
-    Mapping,
     PagingMode,
     PagingRegisters,
     Permissions,
@@ -20,7 +20,6 @@ from pyvmm.paging import (
     TranslationFault,
     Walk,
     find_page,
-    mappings,
     paging_mode,
     walk,
 )
@@ -244,7 +243,7 @@ def test_a_mapped_page_is_listed(mode, entries, gva, gpa, page_bytes, names):
     memory = Memory()
     chain(memory, mode, *entries)
     offset = gva % page_bytes
-    page = Mapping(gva - offset, gpa - offset, page_bytes, page_bytes, RWXU)
+    page = MappedRange(gva - offset, gpa - offset, page_bytes, page_bytes, RWXU)
 
     found = mappings(memory.read, registers(mode))
 
@@ -259,7 +258,7 @@ def test_without_paging_the_gva_is_the_gpa():
         PagingMode.NONE, 0x1234, (), 0x1234, 1 << 32, RWXU, None
     )
     assert find_page(memory.read, off, 0x1234) == (0, 1 << 32, ())
-    assert mappings(memory.read, off).ranges == (Mapping(0, 0, 1 << 32, 1 << 32, RWXU),)
+    assert mappings(memory.read, off).ranges == (MappedRange(0, 0, 1 << 32, 1 << 32, RWXU),)
     assert memory.reads == 0
 
 
@@ -477,7 +476,7 @@ def level4_table(memory: Memory, pages: dict[int, int]) -> None:
 def test_pages_in_a_row_are_one_range():
     memory = Memory()
     level4_table(memory, {i: ALL | 0x8000 + i * 0x1000 for i in range(5)})
-    assert mappings(memory.read, LEVEL4).ranges == (Mapping(0, 0x8000, 0x5000, 0x1000, RWXU),)
+    assert mappings(memory.read, LEVEL4).ranges == (MappedRange(0, 0x8000, 0x5000, 0x1000, RWXU),)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +565,7 @@ def test_asking_again_from_next_gva_finds_all_that_is_mapped():
     everything = mappings(memory.read, LEVEL4)
     assert everything.next_gva is None
     for limits in ({"max_ranges": 50}, {"max_entries": 4 * 512}, {"max_ranges": 1}):
-        found: list[Mapping] = []
+        found: list[MappedRange] = []
         gva: int | None = 0
         while gva is not None:
             part = mappings(memory.read, LEVEL4, start_gva=gva, **limits)

@@ -15,6 +15,7 @@ from pyvmm.errors import GuestMemoryError
 from pyvmm.kvm import kvm_sregs
 from pyvmm.linux import kallsyms
 from pyvmm.linux.kallsyms import IMAGE_ALIGNMENT, KERNEL_HALF, Kallsyms
+from pyvmm.mappings import mappings
 from pyvmm.memory import GuestMemory, MemorySlot, VirtualMemory
 from pyvmm.paging import (
     CR0_PG,
@@ -25,7 +26,6 @@ from pyvmm.paging import (
     PagingMode,
     PagingRegisters,
     TranslationFault,
-    mappings,
     paging_mode,
 )
 from pyvmm.symbols import Symbols
