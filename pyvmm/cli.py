@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 exit status:
-  0        the guest ended by itself (hlt with interrupts off on all vCPUs, power-off)
+  0        the guest ended by itself: hlt with interrupts off on all vCPUs, power-off, or with
+           --no-reboot a reset
   odd      the guest's own: it wrote V to port 0xf4, the status is (V << 1) | 1
   2        wrong usage, or an image that cannot be used
   4        the host or pyvmm failed (no /dev/kvm, no permission, ...)
@@ -152,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="a flat binary, a static ELF file, a multiboot or Linux kernel",
     )
+    parser.add_argument(
+        "--version", action="version", version=f"pyvmm {VERSION}", help="show the version and exit"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "-c", "--cpus", type=_count, default=1, metavar="N", help="number of vCPUs (default 1)"
@@ -229,7 +233,6 @@ def _parser() -> argparse.ArgumentParser:
         "--probe", action="store_true", help="show what this host's KVM can do, and run nothing"
     )
     host.add_argument("--json", action="store_true", help="with --probe: print JSON")
-    host.add_argument("--version", action="version", version=f"pyvmm {VERSION}")
     host.add_argument(
         "--require", metavar="NAME,...", help="with --probe: fail (status 4) if one is missing"
     )
