@@ -465,10 +465,12 @@ class VM(DebuggedSet):
             if vcpu.stepping and self.stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
         if stopping:
-            if self.irqchip and vcpu.handle.get(kvm.kvm_vcpu_events).interrupt.injected:
-                from pyvmm import injection
+            if self.irqchip:
+                events = vcpu.handle.get(kvm.kvm_vcpu_events)
+                if events.interrupt.injected and not events.interrupt.soft:
+                    from pyvmm import injection
 
-                injection.deliver_interrupt(self, vcpu)
+                    injection.deliver_interrupt(self, vcpu, events)
             return exits.Debug()
         if vcpu.halted:
             return exits.Hlt(bool(vcpu.kvm_run.if_flag))

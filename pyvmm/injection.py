@@ -71,16 +71,13 @@ def _let_kvm_inject_bp(vm: VM, vcpu: VcpuRecord, length: int) -> bool:
     return True
 
 
-def deliver_interrupt(vm: VM, vcpu: VcpuRecord) -> None:
-    """Deliver an interrupt that KVM has taken from its controller but not yet given to the guest.
+def deliver_interrupt(vm: VM, vcpu: VcpuRecord, events: kvm.kvm_vcpu_events) -> None:
+    """Deliver what KVM has taken from an interrupt controller but not yet given to the guest.
 
     A kick can come between the two.  KVM would deliver it at the next entry, whatever that is for:
     a step, for which interrupts are held off, would run through the handler.  So a vCPU that parks
     has it delivered before, and a debugger sees where the guest is going on.
     """
-    events = vcpu.handle.get(kvm.kvm_vcpu_events)
-    if events.interrupt.soft:
-        return
     cpu = copy_state(vm.memory, vcpu)
     if not emulate.deliver_or_undo(cpu, events.interrupt.nr, external=True):
         return  # it would fault on the way: KVM raises the right fault

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 
 from pyvmm import handles, kvm
 from pyvmm.errors import GuestMemoryError
@@ -183,15 +182,16 @@ class VirtualMemory:
     def entries(self, gva: int) -> tuple[tuple[int, bytes], ...]:
         """The page-table entries, by GPA, that say where `gva` is; or the one by which it is not.
 
-        Of that one 4 bytes, which hold its present bit.  None where a table itself is missing.
+        Of that one 4 bytes, which hold its present bit.  Empty where no table is in memory.
         """
         try:
             return self._paging.find_page(self._memory.read, self._registers, gva).entries
         except self._paging.TranslationFault as error:
             gpa = error.fault.entry_gpa
-        with suppress(GuestMemoryError):
+        try:
             return () if gpa is None else ((gpa, self._memory.read(gpa, 4)),)
-        return ()
+        except GuestMemoryError:
+            return ()
 
     def pieces(self, gva: int, length: int) -> Iterator[tuple[int, int]]:
         """(gpa, bytes) for each physically contiguous piece of [gva, gva + length).
