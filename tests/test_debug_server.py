@@ -359,9 +359,9 @@ class _Pipes:
     """The stdio of a pyvmm as a connection."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin is not None and process.stdout is not None
-        self.input, self.output = process.stdin, process.stdout
-        self.decoder = Decoder()
+        assert process.stdin and process.stdout and process.stderr
+        self.process, self.decoder = process, Decoder()
+        self.input, self.output, self.complaints = process.stdin, process.stdout, process.stderr
 
     def ask(self, payload: bytes) -> bytes:
         self.input.write(frame(payload))
@@ -376,49 +376,49 @@ class _Pipes:
                     return event
 
 
-@pytest.mark.process
-@kvm
-def test_stdio_speaks_packets_there_and_prints_the_guests_output_on_stderr() -> None:
+@pytest.fixture
+def pipes() -> Iterator[_Pipes]:
+    """Of a hello.bin that is debugged there."""
     with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
-        pipes = _Pipes(server.process)
-        assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
-        assert pipes.ask(b"p10") == b"0000100000000000"
-        assert pipes.ask(b"vCont;c") == b"W00"
-        assert server.process.wait(PATIENCE) == 0
-        assert server.process.stderr is not None
-        complaints = server.process.stderr.read().decode()
-        assert "Hello from long mode!\n" in complaints and "Traceback" not in complaints
+        yield _Pipes(server.process)
 
 
 @pytest.mark.process
 @kvm
-def test_stdio_that_nobody_reads_is_not_waited_for() -> None:
+def test_stdio_speaks_packets_there_and_prints_the_guests_output_on_stderr(
+    pipes: _Pipes,
+) -> None:
+    assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
+    assert pipes.ask(b"p10") == b"0000100000000000"
+    assert pipes.ask(b"vCont;c") == b"W00"
+    assert pipes.process.wait(PATIENCE) == 0
+    complaints = pipes.complaints.read().decode()
+    assert "Hello from long mode!\n" in complaints and "Traceback" not in complaints
+
+
+@pytest.mark.process
+@kvm
+def test_stdio_that_nobody_reads_is_not_waited_for(pipes: _Pipes) -> None:
     """Replies of more than a pipe holds: they come when somebody reads, and hold up nothing."""
-    with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
-        pipes = _Pipes(server.process)
-        assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
-        data = bytes(range(256)) * 128
-        assert pipes.ask(b"M110000,8000:" + data.hex().encode()) == b"OK"
-        pipes.input.write((frame(b"m110000,8000") + frame(b"qC")) * 8)
-        pipes.input.flush()
-        time.sleep(0.2)
-        assert pipes.ask(b"?") == data.hex().encode(), "the first reply"
-        time.sleep(0.2)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE) == 143
+    assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
+    data = bytes(range(256)) * 128
+    assert pipes.ask(b"M110000,8000:" + data.hex().encode()) == b"OK"
+    pipes.input.write((frame(b"m110000,8000") + frame(b"qC")) * 8)
+    pipes.input.flush()
+    time.sleep(0.2)
+    assert pipes.ask(b"?") == data.hex().encode(), "the first reply"
+    time.sleep(0.2)
+    pipes.process.send_signal(signal.SIGTERM)
+    assert pipes.process.wait(PATIENCE) == 143
 
 
 @pytest.mark.process
 @kvm
-def test_stdio_that_is_closed_lets_the_guest_run_on() -> None:
-    with served(GUESTS / "hello.bin", address="stdio", listens=False) as server:
-        pipes = _Pipes(server.process)
-        assert pipes.ask(b"p10") == b"0000100000000000"
-        assert server.process.stdin is not None
-        server.process.stdin.close()
-        assert server.process.wait(PATIENCE) == 0
-        assert server.process.stderr is not None
-        assert b"Hello from long mode!\n" in server.process.stderr.read()
+def test_stdio_that_is_closed_lets_the_guest_run_on(pipes: _Pipes) -> None:
+    assert pipes.ask(b"p10") == b"0000100000000000"
+    pipes.input.close()
+    assert pipes.process.wait(PATIENCE) == 0
+    assert b"Hello from long mode!\n" in pipes.complaints.read()
 
 
 @pytest.mark.process

@@ -100,19 +100,13 @@ def test_where_watchpoints_never_hit_the_user_is_told_why(tmp_path: Path) -> Non
 # ---- Ring 3 ----
 
 
-def test_a_breakpoint_in_ring_3(tmp_path: Path) -> None:
-    requires("breakpoint-user")
+@pytest.mark.parametrize(
+    ("command", "needed"), [("break", "breakpoint-user"), ("hbreak", "hw-breakpoint-user")]
+)
+def test_breakpoints_in_ring_3(tmp_path: Path, command: str, needed: str) -> None:
+    requires(needed)
     with debugging(tmp_path, "ring3.bin") as gdb:
-        gdb.execute("break user_hlt")
-        stop = gdb.resume("-exec-continue")
-        assert (stop["reason"], stop["frame"]["func"]) == ("breakpoint-hit", "user_hlt")
-        assert gdb.number("$cs") & 3 == 3
-
-
-def test_hbreak_in_ring_3(tmp_path: Path) -> None:
-    requires("hw-breakpoint-user")
-    with debugging(tmp_path, "ring3.bin") as gdb:
-        gdb.execute("hbreak user_hlt")
+        gdb.execute(f"{command} user_hlt")
         stop = gdb.resume("-exec-continue")
         assert (stop["reason"], stop["frame"]["func"]) == ("breakpoint-hit", "user_hlt")
         assert gdb.number("$cs") & 3 == 3

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pyvmm import StopReason
-from pyvmm.boot import read_image
 from pyvmm.devices.virtio import VirtioDevice
 from pyvmm.devices.virtio_blk import VirtioBlk
 from pyvmm.devices.virtio_console import VirtioConsole
@@ -23,15 +22,21 @@ from pyvmm.disk import Disk
 from pyvmm.linux.printk import read_log
 from pyvmm.names import KALLSYMS, Names
 from pyvmm.testing import Guest
-from tests.hosts import linux, packages
-from tests.support import requires
+from tests.hosts import linux
+from tests.linux_guest import (
+    BOOT,
+    MEMORY,
+    MIB,
+    PROMPT,
+    STEP,
+    find_linux,
+    find_or_skip,
+    linux_image,
+    shell_line,
+    succeeded,
+)
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(1200)]
-
-MIB = 1 << 20
-BOOT = 240.0  # seconds; a kernel on an emulated processor takes 15 to 40
-STEP = 60.0
-PROMPT = " # "
 
 # The processor that QEMU plays belongs to a family in which some had a GART. So the stock kernel
 # looks for its bridge on each of 256 PCI buses, twice: 33,000 port accesses, half of its time.
@@ -41,21 +46,13 @@ NO_GART = "pci=noearly"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernel, its initrd and e2fsck."""
-    requires("irqchip")
-    requires("syscall-user")
-    try:
-        return linux.find(tmp_path_factory.mktemp("linux"))
-    except packages.HostsError as error:
-        pytest.skip(f"no Linux kernel: {error}")
+    return find_linux(tmp_path_factory.mktemp("linux"))
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     """The same with the stock kernel, and that as an ELF file."""
-    try:
-        return linux.find_stock(tmp_path_factory.mktemp("stock"))
-    except packages.HostsError as error:
-        pytest.skip(f"no Linux kernel: {error}")
+    return find_or_skip(linux.find_stock, tmp_path_factory.mktemp("stock"))
 
 
 def empty_disk(folder: Path) -> Path:
@@ -95,21 +92,15 @@ def boot(
     kernel: str = "vmlinuz",
     **machine: Any,
 ) -> Guest:
-    image = read_image(
-        str(folder / kernel),
-        append=f"console=ttyS0 quiet panic=-1 {append}",
-        initrd=str(folder / "initrd"),
-    )
-    return Guest(image, memory=256 * MIB, virtio=virtio, **machine)
+    image = linux_image(folder, append, kernel)
+    return Guest(image, memory=MEMORY, virtio=virtio, **machine)
 
 
 def run(guest: Guest, command: str) -> str:
     """Type a command at the shell's prompt; returns what it prints, and it must succeed."""
-    guest.type(f"{command}; echo status=$?\n")
+    guest.type(f"{shell_line(command)}\n")
     guest.wait_for("\n")  # what was typed, as the terminal has echoed it
-    output, _, status = guest.wait_for(PROMPT, STEP).rpartition("status=")
-    assert status.startswith("0"), f"{command}: {output}"
-    return output.strip()
+    return succeeded(command, guest.wait_for(PROMPT, STEP))
 
 
 def wait_for_shell(guest: Guest, root: str) -> None:

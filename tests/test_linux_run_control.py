@@ -14,16 +14,23 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.boot import read_image
 from pyvmm.devices.virtio_rng import VirtioRng
 from pyvmm.linux.kernel import Kernel
 from pyvmm.machine import Machine
 from pyvmm.names import Names
 from pyvmm.target import SIGINT
-from tests.hosts import linux, packages
-from tests.rsp_client import RIP, RSP, Debuggee, StopReply
+from tests.linux_guest import (
+    BOOT,
+    MEMORY,
+    PROMPT,
+    STEP,
+    find_linux,
+    linux_image,
+    shell_line,
+    succeeded,
+)
+from tests.rsp_client import RSP, Debuggee, StopReply
 from tests.support import cycles, requires
-from tests.test_linux import BOOT, MIB, PROMPT, STEP
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -46,15 +53,10 @@ class Shell:
         self._seen = 0
         keys, self._typed = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._keys = keys
-        image = read_image(
-            str(folder / "vmlinuz"),
-            append="console=ttyS0 quiet panic=-1 nokaslr",
-            initrd=str(folder / "initrd"),
-        )
         self.debuggee = Debuggee(
-            image,
+            linux_image(folder, append="nokaslr"),
             cpus=CPUS,
-            memory=256 * MIB,
+            memory=MEMORY,
             irqchip=True,
             virtio=[VirtioRng()],
             output=self._print,
@@ -104,10 +106,8 @@ class Shell:
 
     def run(self, command: str) -> str:
         """What a command prints; it must succeed."""
-        self.type(f"{command}; echo status=$?")
-        output, _, status = self.wait_for(PROMPT).rpartition("status=")
-        assert status.startswith("0"), f"{command}: {output}"
-        return output.strip()
+        self.type(shell_line(command))
+        return succeeded(command, self.wait_for(PROMPT))
 
     def interrupt(self) -> None:
         """^C at the console, and the prompt."""
@@ -130,11 +130,9 @@ class Shell:
             self.client.go()
         raise AssertionError("no vCPU is ever in a program")
 
-    def function(self, vcpu_id: int) -> str:
-        """The name of the kernel's function in which a vCPU is; empty elsewhere."""
-        rip = self.client.register(RIP, vcpu_id)
-        name = self.kernel.code().name(rip)
-        return (name or "").partition("+")[0]
+    def function(self, rip: int) -> str:
+        """The name of the kernel's function there; empty elsewhere."""
+        return (self.kernel.code().name(rip) or "").partition("+")[0]
 
     def works(self) -> None:
         """The guest runs, and nothing has hurt it."""
@@ -144,13 +142,7 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    requires("irqchip")
-    requires("syscall-user")
-    try:
-        folder = linux.find(tmp_path_factory.mktemp("linux"))
-    except packages.HostsError as error:
-        pytest.skip(f"no Linux kernel: {error}")
-    shell = Shell(folder)
+    shell = Shell(find_linux(tmp_path_factory.mktemp("linux")))
     yield shell
     shell.close()
 
@@ -179,11 +171,10 @@ def test_a_program_is_stopped_while_it_computes(shell: Shell) -> None:
 
 def test_a_thousand_steps_never_land_in_an_interrupt(shell: Shell) -> None:
     shell.type(COMPUTE)
-    vcpu_id, names = shell.break_in_program(), shell.kernel.code()
+    vcpu_id = shell.break_in_program()
     functions = set()
     for _ in range(max(200, cycles(1000))):
-        rip = shell.client.step(vcpu_id).rip
-        functions.add((names.name(rip) or "").partition("+")[0])
+        functions.add(shell.function(shell.client.step(vcpu_id).rip))
     shell.client.go()
     shell.interrupt()
     assert not [name for name in functions if name.startswith(INTERRUPT_ENTRIES)], functions
@@ -256,6 +247,6 @@ def test_a_hardware_breakpoint_before_the_kernel_is_unpacked(shared: Shell) -> N
     shared.type("reboot -f")
     stop = client.wait_stop(BOOT)
     assert "hwbreak" in stop and stop.rip == start_kernel
-    assert (stop.vcpu_id, shared.function(0)) == (0, "start_kernel")
+    assert (stop.vcpu_id, shared.function(stop.rip)) == (0, "start_kernel")
     assert "start_kernel" in client.monitor("where")
     assert "not started" in client.monitor("where")

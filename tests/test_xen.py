@@ -14,8 +14,8 @@ from pyvmm import StopReason
 from pyvmm.boot import read_image
 from pyvmm.testing import Guest
 from tests.conftest import GUESTS
-from tests.hosts import packages
 from tests.hosts import xen as hosts_xen
+from tests.linux_guest import find_or_skip
 from tests.support import requires
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -26,10 +26,7 @@ BOOT = 300.0  # seconds: ten on kvm_pvm, minutes where each instruction is trans
 @pytest.fixture(scope="module")
 def xen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     requires("irqchip")
-    try:
-        return hosts_xen.find(tmp_path_factory.mktemp("xen"))
-    except packages.HostsError as error:
-        pytest.skip(f"no Xen: {error}")
+    return find_or_skip(hosts_xen.find, tmp_path_factory.mktemp("xen"))
 
 
 def test_xen_starts_both_processors_and_looks_for_its_first_domain(xen: Path) -> None:
