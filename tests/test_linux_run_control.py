@@ -29,7 +29,7 @@ from tests.linux_guest import (
     shell_line,
     succeeded,
 )
-from tests.rsp_client import RSP, Debuggee, StopReply
+from tests.rsp_client import RSP, Closed, Debuggee, StopReply
 from tests.support import cycles, requires
 
 pytestmark = [pytest.mark.kvm, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -92,12 +92,25 @@ class Shell:
         """What is printed up to the end of `text`."""
         wanted = text.encode()
         with self._changed:
-            found = self._changed.wait_for(lambda: wanted in self._output[self._seen :], timeout)
-            assert found, f"{text!r} is not printed: {bytes(self._output[-2000:])!r}"
-            end = self._output.index(wanted, self._seen) + len(wanted)
-            printed = self._output[self._seen : end].decode(errors="replace")
-            self._seen = end
-        return printed
+            if self._changed.wait_for(lambda: wanted in self._output[self._seen :], timeout):
+                end = self._output.index(wanted, self._seen) + len(wanted)
+                printed = self._output[self._seen : end].decode(errors="replace")
+                self._seen = end
+                return printed
+            tail = bytes(self._output[-2000:])
+        raise AssertionError(f"{text!r} is not printed: {tail!r}\n{self._why_silent()}")
+
+    def _why_silent(self) -> str:
+        """Whether the guest is stopped or has ended, and where it is."""
+        try:
+            try:
+                said = str(self.client.wait_stop(0.1))
+            except TimeoutError:  # it runs
+                said = str(self.client.break_in())
+            where = "\n".join(map(self.client.monitor, ("where", "regs 0", "regs 1", "exits")))
+        except (Closed, TimeoutError) as error:
+            return f"{error!r}: {self.debuggee.stop} {self.debuggee.error}"
+        return f"{said}\n{where}"
 
     def type(self, command: str) -> None:
         """Type a line, and wait until the guest has echoed it."""
