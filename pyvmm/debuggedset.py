@@ -202,12 +202,26 @@ class DebuggedSet:
         not enter.
         """
         with self._lock:
-            self._holders.add(holder)
-            for vcpu in self._vcpus.values():
-                if vcpu.thread_id is not None:
-                    vcpu.held = True
-                    vcpu.update_attention()
-                    self._kick(vcpu)
+            self._hold(holder)
+
+    def hold_unless_debugged(self, holder: str) -> bool:
+        """hold(), and True; or nothing, and False, if a vCPU is debugged.
+
+        A vCPU that is held is not parked: a debugger that has stopped it could not look at it.
+        """
+        with self._lock:
+            if any(vcpu.debugged for vcpu in self._vcpus.values()):
+                return False
+            self._hold(holder)
+            return True
+
+    def _hold(self, holder: str) -> None:
+        self._holders.add(holder)
+        for vcpu in self._vcpus.values():
+            if vcpu.thread_id is not None:
+                vcpu.held = True
+                vcpu.update_attention()
+                self._kick(vcpu)
 
     def wait_out(self, timeout: float | None = None) -> frozenset[int]:
         """Wait until all that are held or debugged are out of the guest, and out of its devices.

@@ -33,24 +33,19 @@ class IdleWatch:
 
     def check(self) -> bool:
         """Whether all vCPUs wait for an interrupt that cannot come."""
-        if self._vm.debug_cpus() or not self._worth_a_look():
+        if not all(waiting.read() for waiting in self._waiting):
             return False
-        self._vm.hold("idle")
+        exits = [count.read() for count in self._exits]
+        if exits and exits == self._looked_at:
+            return False
+        if not self._vm.hold_unless_debugged("idle"):
+            return False
         try:
+            self._looked_at = exits
             late = self._vm.wait_out(_PATIENCE_SECONDS)
             return not late and self._vm.all_wait_for_good()
         finally:
             self._vm.release("idle")
-
-    def _worth_a_look(self) -> bool:
-        """Whether all vCPUs wait, and not just as they did at the last look."""
-        if not self._waiting:
-            return True
-        if not all(waiting.read() for waiting in self._waiting):
-            return False
-        exits = [count.read() for count in self._exits]
-        seen, self._looked_at = self._looked_at, exits
-        return exits != seen
 
     def close(self) -> None:
         """Close the statistics."""

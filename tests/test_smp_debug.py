@@ -14,18 +14,23 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import idle
 from pyvmm.hostprobe import host
 from pyvmm.stop import StopReason
 from tests.gdb_client import gdb_batch, needs_gdb, serving
 from tests.rsp_client import BASE, COUNT, RDI, RIP, RSP, Debuggee, RspClient
 from tests.smp_guests import (
     AP,
+    EOI,
+    FIXED,
     FOREVER,
     HANDLERS,
+    ICR_LOW,
     IDLE,
     IRETQ,
     LOAD_IDT,
     NMI_VECTOR,
+    OTHERS,
     POWER_OFF,
     SLEEP,
     TICK,
@@ -34,6 +39,7 @@ from tests.smp_guests import (
     TRAMPOLINE,
     UD2,
     increment,
+    lapic,
     out8,
     smp_image,
     start_ap,
@@ -487,6 +493,79 @@ def test_interrupt_while_all_wait() -> None:
             assert states(client) == ["halted", "halted", "not started"]
             client.go()
         client.break_in()
+
+
+def test_the_look_whether_an_idle_guest_has_ended_never_holds_what_a_debugger_has_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with debugging(LOAD_IDT + IDLE, cpus=1) as (client, debuggee):
+        client.go()
+
+        class Overtaken:
+            """A statistic that the debugger's stop comes before."""
+
+            def __init__(self, handle: object, name: str) -> None:
+                self._name = name
+
+            def read(self) -> int:
+                if self._name == "blocking":
+                    assert client.break_in().signal == 2
+                return 1
+
+        def look() -> bool:
+            assert BASE <= client.register(RIP) < AP
+            return False
+
+        monkeypatch.setattr(idle, "Statistic", Overtaken)
+        monkeypatch.setattr(debuggee.vm, "all_wait_for_good", look)
+        watch = idle.IdleWatch(debuggee.vm)
+        for _ in range(5):
+            assert not watch.check()
+            assert BASE <= client.register(RIP) < AP
+            client.go()
+        client.break_in()
+
+
+# Interrupts that each lead to the next one, so that to lose one ends it: a ball that two processors
+# throw each other, and a UART that has sent a byte. A vector that is higher comes first.
+BALL_VECTOR, UART_VECTOR = 0x2E, 0x22
+BALL, TWICE = TICKS + 8, TICKS + 12  # GPAs: whether it is in the air, and how often it was not
+IOAPIC = 0xFEC00000 - 0xFEE00000 & 0xFFFFFFFF  # seen from RBX, the local APIC
+THROW = increment(BALL) + lapic(ICR_LOW, OTHERS | FIXED | BALL_VECTOR)
+CATCH = (  # lock dec dword [BALL]; jz 1f; lock inc dword [TWICE]; 1: ...
+    bytes.fromhex("f0ff0c25") + struct.pack("<I", BALL) + b"\x74\x08" + increment(TWICE)
+    + increment(TICKS) + EOI + THROW + IRETQ
+)  # fmt: skip
+SEND = (  # push rax; push rdx; mov dx, 0x3fa; in al, dx; ...; pop rdx; pop rax
+    bytes.fromhex("5052 66bafa03 ec") + out8(0x3F8, ord("x")) + EOI + bytes.fromhex("5a58") + IRETQ
+)
+START_UART = (
+    out8(0x21, 0xFF)  # no interrupt by the PIC
+    + b"".join(
+        lapic(IOAPIC, 0x18 + half) + lapic(IOAPIC + 0x10, value)
+        for half, value in enumerate((UART_VECTOR, 0))
+    )
+    + out8(0x3F9, 2)
+)
+
+
+def test_thousands_of_stops_lose_no_interrupt_and_deliver_none_twice() -> None:
+    printed = bytearray()
+    bsp = LOAD_IDT + start_aps() + until(ARRIVED, 1) + START_UART + THROW + IDLE
+    image = smp_image(bsp, LOAD_IDT + ARRIVE + IDLE, {BALL_VECTOR: CATCH, UART_VECTOR: SEND})
+    with Debuggee(image, cpus=2, irqchip=True, output=printed.extend) as debuggee:
+        machine = debuggee.machine
+        with debuggee.connect() as client:
+            client.go()
+            for number in range(cycles(3000)):
+                throws, sent = u32(machine, TICKS), len(printed)
+                debuggee.wait_for(lambda n=throws: u32(machine, TICKS) != n, "the next throw")
+                debuggee.wait_for(lambda n=sent: len(printed) != n, "the next byte")
+                time.sleep(number % 10 * 0.0001)
+                assert client.break_in().signal == 2
+                assert u32(machine, TWICE) == 0
+                client.go()
+            client.break_in()
 
 
 def test_a_guest_that_is_halted_for_good_ends_under_a_debugger_too() -> None:
