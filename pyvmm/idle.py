@@ -36,7 +36,7 @@ class IdleWatch:
         if not all(waiting.read() for waiting in self._waiting):
             return False
         exits = [count.read() for count in self._exits]
-        if exits and exits == self._looked_at:
+        if exits and exits == self._looked_at:  # they wait just as they did at the last look
             return False
         if not self._vm.hold_unless_debugged("idle"):
             return False
