@@ -1,5 +1,7 @@
 """The least that a debug server in Python can do: wait, receive, send the same reply each time.
 
+(But for the one by which a client stops to send acknowledgements.)
+
 Run as a program, with the bytes of the reply's payload as its argument; it prints its port.  What
 it reaches is the most that any server of one packet at a time in this Python can.
 """
@@ -14,7 +16,7 @@ import sys
 def main() -> None:
     """Serve one client until it goes away."""
     payload = b"0" * int(sys.argv[1])
-    reply = b"$%b#%02x" % (payload, sum(payload) & 0xFF)
+    reply, agreed = (b"$%b#%02x" % (p, sum(p) & 0xFF) for p in (payload, b"OK"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         print(listener.getsockname()[1], flush=True)
         client, _ = listener.accept()
@@ -27,7 +29,7 @@ def main() -> None:
         if not data:
             return
         if b"#" in data:  # not an acknowledgement
-            client.send(reply)
+            client.send(agreed if b"NoAckMode" in data else reply)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,21 @@ def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
     return total / 1e9
 
 
+@contextlib.contextmanager
+def bound(pid: int, cpu: int) -> Iterator[None]:
+    """A process, with all threads that it has now, on one CPU, and then where it was before."""
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    before = [(thread, os.sched_getaffinity(thread)) for thread in threads]
+    try:
+        for thread in threads:
+            os.sched_setaffinity(thread, {cpu})
+        yield
+    finally:
+        for thread, cpus in before:
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread, cpus)
+
+
 def errors_of(process: subprocess.Popen[bytes]) -> str:
     """The first line that a process that has ended, or is to end now, has written to stderr."""
     process.kill()

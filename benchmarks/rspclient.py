@@ -1,7 +1,8 @@
 """The debugger's side of the GDB protocol, as little of it as a measurement needs.
 
-One socket, no acknowledgements, no delay of small packets, and the same code for each stub.  What
-it does not understand (run lengths, escapes, notifications) no reply that is measured contains.
+One socket, no delay of small packets, and the same code for each stub.  As gdb does, it asks for a
+connection without acknowledgements, and sends them to a stub that knows none.  What it does not
+understand (run lengths, escapes, notifications) no reply that is measured contains.
 
 Source: Debugging with GDB, appendix "GDB Remote Serial Protocol".
 """
@@ -47,8 +48,7 @@ class RspClient:
         self._buffer = memoryview(bytearray(1 << 18))
         self._received = bytearray()
         self.features = self.ask(b"qSupported:multiprocess+;swbreak+;hwbreak+;vContSupported+")
-        self.ask(b"QStartNoAckMode")
-        self._acks = False
+        self._acks = self.ask(b"QStartNoAckMode") != b"OK"
         # A stub may leave registers out of `g` until its client has read what they are.
         self.ask(b"qXfer:features:read:target.xml:0,ffb")
         self.ask(b"?")

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import guests, stubs
+from benchmarks import guests, processes, stubs
 from benchmarks.bare import BARE
-from benchmarks.measure import PYVMM, Contenders, Context, Goal, Measure, Sample, Sampler
+from benchmarks.measure import (
+    PYVMM,
+    Contenders,
+    Context,
+    Goal,
+    Measure,
+    Sample,
+    Sampler,
+    Unavailable,
+)
 from benchmarks.rspclient import RCX, RIP, RspClient, escaped_to_fit, framed
 from benchmarks.stubs import LOAD_GPA, QEMU, Stub
 from pyvmm.hypervisor import VM
@@ -76,18 +86,26 @@ def _with_qemu(prepare: Prepare, context: Context) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
-def _with_qemu_and_echo(context: Context) -> Iterator[Contenders]:
-    """All registers: a packet that costs so little that the packet itself is what counts."""
+def _registers_contenders(apart: bool, context: Context) -> Iterator[Contenders]:
+    """All registers: a packet that costs so little that the packet itself is what counts.
+
+    And where client and stub are: left to the scheduler, that would decide the figure.
+    """
+    sampler = functools.partial(_registers, apart, context)
     with (
-        _with_qemu(_all_registers, context) as contenders,
+        stubs.contenders(context.folder, _guest(context.folder), sampler) as contenders,
         stubs.echo(_G_BYTES) as server,
         RspClient(server.port) as client,
     ):
-        work = _all_registers(context, client)
-        yield {**contenders, BARE: lambda: rate(server, work)}
+        yield {**contenders, BARE: _asked_for_registers(apart, context, server, client)}
 
 
-def _all_registers(context: Context, client: RspClient) -> Work:
+def _registers(apart: bool, context: Context, stub: Stub, stack: contextlib.ExitStack) -> Sampler:
+    client = stack.enter_context(stubs.attached(stub, _DATA_GVA))
+    return _asked_for_registers(apart, context, stub, client)
+
+
+def _asked_for_registers(apart: bool, context: Context, stub: Stub, client: RspClient) -> Sampler:
     count = context.scaled(1000)
 
     def work() -> float:
@@ -95,7 +113,15 @@ def _all_registers(context: Context, client: RspClient) -> Work:
             client.ask(b"g")
         return count
 
-    return work
+    def sample() -> Sample:
+        ours, *others = sorted(os.sched_getaffinity(0))
+        if apart and not others:
+            raise Unavailable("only one CPU here")
+        theirs = others[0] if apart else ours
+        with processes.bound(os.getpid(), ours), processes.bound(stub.process.pid, theirs):
+            return rate(stub, work)
+
+    return sample
 
 
 def _memory_read(context: Context, client: RspClient) -> Work:
@@ -217,10 +243,17 @@ MEASURES = (
     Measure(
         "gdb-g",
         "packets/s",
-        "How fast gdb gets all registers of a vCPU, as it does at each stop.",
+        "How fast gdb gets all registers of a vCPU, as it does at each stop; on one CPU with it.",
         ROUND_TRIP,
-        _with_qemu_and_echo,
+        functools.partial(_registers_contenders, False),
         Goal(QEMU, at_least=1),
+    ),
+    Measure(
+        "gdb-g-apart",
+        "packets/s",
+        "The same with gdb on another CPU: how fast the host wakes up one that is idle.",
+        f"{ROUND_TRIP}, and the wake-ups of two idle CPUs",
+        functools.partial(_registers_contenders, True),
     ),
     Measure(
         "gdb-memory",
