@@ -11,11 +11,12 @@ from contextlib import nullcontext, suppress
 from types import FrameType
 
 from pyvmm.boot import ImageError, Mode, read_image
-from pyvmm.console import EscapeKeys, KeptOutput, Output, RawTerminal, in_background
+from pyvmm.console import EscapeKeys, KeptOutput, Output, RawTerminal
 from pyvmm.light import TYPE_CHECKING, NoReturn
 from pyvmm.machine import DEFAULT_MEMORY, MIN_MEMORY, Machine
 from pyvmm.stop import STATUS_FAILED, STATUS_USAGE, Stop, StopReason
 from pyvmm.version import VERSION
+from pyvmm.waiting import in_background
 
 if TYPE_CHECKING:
     from pyvmm.debug import Address, DebugServer

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from pyvmm.waiting import in_background
+
 # A pipe that poll() calls writable takes at least this much without blocking (pipe(7)).
 _CHUNK = select.PIPE_BUF
 
@@ -81,14 +83,6 @@ class KeptOutput:
         """Print what is kept."""
         self._output(bytes(self._kept))
         self._kept.clear()
-
-
-def in_background(fd: int) -> bool:
-    """Whether the terminal `fd` is another job's now: to change or paint it would disturb that."""
-    try:
-        return os.tcgetpgrp(fd) != os.getpgrp()
-    except OSError:  # not our controlling terminal: nobody else's jobs are there
-        return False
 
 
 class EscapeKeys:
@@ -165,7 +159,7 @@ class RawTerminal:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._saved is not None:
+        if self._saved is not None and not in_background(self._fd):  # else the shell has done it
             import termios
 
             with contextlib.suppress(termios.error):  # it may have gone

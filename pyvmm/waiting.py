@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyvmm.console import EscapeKeys
     from pyvmm.devices.ps2 import Ps2
 
+_BACKGROUND_SECONDS = 0.5  # until it is looked again whether the terminal is ours
 _KEYS = 64  # bytes to read from a terminal at a time: the sequence of a key is not torn apart
 
 
@@ -23,6 +24,17 @@ class Receiver(Protocol):
 
     def receive(self, data: bytes) -> int:
         """Take some."""
+
+
+def in_background(fd: int) -> bool:
+    """Whether the terminal `fd` is another job's now.
+
+    To change or paint it would disturb that one; to read from it would stop this process.
+    """
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # not our controlling terminal: nobody else's jobs are there
+        return False
 
 
 class Typist:
@@ -65,7 +77,10 @@ class Waiter:
         poll.register(self._wake, select.POLLIN)
         room = self._pass_on()
         if self._input is not None and room:
-            poll.register(self._input, select.POLLIN)
+            if not in_background(self._input):
+                poll.register(self._input, select.POLLIN)
+            elif seconds is None or seconds > _BACKGROUND_SECONDS:
+                seconds = _BACKGROUND_SECONDS
         ready = [fd for fd, _ in poll.poll(None if seconds is None else max(1, seconds * 1000))]
         if self._wake in ready:
             os.read(self._wake, 4096)

@@ -442,11 +442,25 @@ def test_a_stdin_that_cannot_be_read_does_not_end_a_guest_that_takes_its_time() 
 # --- with a terminal -----------------------------------------------------------------------------
 
 
+START_IN_BACKGROUND = """
+import os, subprocess, sys
+sys.exit(subprocess.run(sys.argv[1:], preexec_fn=os.setpgrp).returncode)
+"""
+
+
 class Terminal:
     """A pseudo-terminal, and pyvmm in it."""
 
-    def __init__(self, *arguments: object, controlling: bool = True, ignore: int = 0) -> None:
+    def __init__(
+        self,
+        *arguments: object,
+        controlling: bool = True,
+        background: bool = False,
+        ignore: int = 0,
+    ) -> None:
+        """`background`: it is a job that another process, which has the terminal, has started."""
         self.master, self.slave = pty.openpty()
+        starter = (sys.executable, "-c", START_IN_BACKGROUND) if background else ()
         self.before = self.attributes()
 
         def in_child() -> None:
@@ -457,7 +471,7 @@ class Terminal:
                 signal.signal(ignore, signal.SIG_IGN)
 
         self.process: subprocess.Popen[bytes] = subprocess.Popen(
-            [*COMMAND, *map(str, arguments)],
+            [*starter, *COMMAND, *map(str, arguments)],
             env=ENVIRONMENT,
             stdin=self.slave,
             stdout=self.slave,
@@ -515,6 +529,16 @@ def test_keystrokes_reach_com1_one_by_one_and_the_terminal_is_restored(tmp_path:
         terminal.type(b"q")
         assert terminal.ended() == (0, "")
         assert terminal.attributes() == terminal.before
+
+
+@pytest.mark.kvm
+def test_keys_for_another_job_of_the_terminal_do_not_stop_the_vm(tmp_path: Path) -> None:
+    """`pyvmm ... --gdb 1234 &`, and then gdb: to read its keys would stop the whole process."""
+    guest = flat(tmp_path, PRINT_AND_SPIN)
+    with Terminal(guest, "--timeout", "1.5", background=True) as terminal:
+        terminal.read_until(b"x")
+        terminal.type(b"for somebody else\n")
+        assert terminal.ended()[0] == 124
 
 
 @pytest.mark.kvm
