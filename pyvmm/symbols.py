@@ -68,7 +68,10 @@ class Symbols:
         Raises OSError, and ValueError with a message of one line for anything else.
         """
         with open(path, encoding="utf-8", errors="replace") as file:
-            return cls(_places_in_map(os.fspath(path), file))
+            text = file.read(_MAX_MAP)
+        if len(text) == _MAX_MAP:  # some files never end
+            raise ValueError(f"{os.fspath(path)}: too long for a System.map")
+        return cls(_places_in_map(os.fspath(path), text.splitlines()))
 
     def gva(self, name: str) -> int | None:
         """Where the code with this name begins; None if there is none."""
@@ -142,13 +145,19 @@ _CLASSES = {
 }
 
 
-_CODE_TYPES, _NO_TYPES = "tTwW", "U?"  # nm(1): text and weak; undefined
+# nm(1): text and weak; undefined, or of unknown type; and what can be without an address.
+_CODE_TYPES, _NO_TYPES, _UNDEFINED = "tTwW", "U?", ("U", "w", "v")
+
+
+_MAX_MAP = 64 << 20  # characters; a kernel's has some 10 million
 
 
 def _places_in_map(path: str, lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Names of code, and "" where something else begins."""
     for number, line in enumerate(lines, 1):
         words = line.split()
+        if len(words) > 1 and words[0] in _UNDEFINED:  # nm knows no address
+            continue
         try:
             gva, kind, name = int(words[0], 16), words[1], words[2]
         except (ValueError, IndexError):

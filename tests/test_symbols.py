@@ -271,15 +271,20 @@ def test_a_system_map_names_code_and_nothing_else(tmp_path: Path) -> None:
         "0000000000001000 T start\n"
         "0000000000001010 t helper\n"
         "0000000000001020 W weak\n"
-        "                 U undefined\n".replace("                ", "0000000000000000")
-        + "0000000000002000 D variable\n"
+        "0000000000000000 U undefined\n"
+        "                 U undefined too\n"
+        "                 w weak and undefined\n"
+        "                 v\tweak_object\n"
+        "0000000000002000 D variable\n"
     )
     symbols = Symbols.from_map(path)
     named = [symbols.name(gva) for gva in (0xFFF, 0x1000, 0x1018, 0x1020, 0x2000, 0x9000)]
     assert named == [None, "start", "helper+0x8", "weak", None, None]
 
 
-@pytest.mark.parametrize("text", ["hello\n", "10 T\n", "xyz T name\n", "1000 T start\n\nrest\n"])
+@pytest.mark.parametrize(
+    "text", ["hello\n", "10 T\n", "xyz T name\n", "1000 T start\n\nrest\n", "1000\n", "U\n"]
+)
 def test_what_is_no_system_map_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "System.map"
     path.write_text(text)
