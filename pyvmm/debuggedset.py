@@ -121,6 +121,13 @@ class DebuggedSet:
             vcpu.kicked = True  # one at a time: real-time signals queue up
             signal.pthread_kill(vcpu.thread_id, KICK_SIGNAL)
 
+    def _changed(self, vcpu: VcpuRecord) -> None:
+        """KVM must be told before the next entry; only the vCPU's own thread can (lock held)."""
+        vcpu.stale = True
+        vcpu.update_attention()
+        if not vcpu.asleep:  # else it looks when it wakes up
+            self._kick(vcpu)
+
     def take_kick(self, vcpu: VcpuRecord) -> None:
         """KVM_RUN was interrupted: take the signal away, on the vCPU's own thread.
 

@@ -164,7 +164,7 @@ class MachineTarget:
         with _errors:
             debugstate.write(self.vm.state(vcpu_id), updates)
             if "rip" in updates:
-                self.vm.wake_halted(vcpu_id)
+                self.vm.go_on_at_rip(vcpu_id)
 
     def view(self, vcpu_id: int) -> VirtualMemory:
         """Guest memory as a vCPU sees it."""

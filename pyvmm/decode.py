@@ -82,9 +82,7 @@ def _debug_exit(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
 
         cpu = copy_state(vm.memory, vcpu)
         length = x86.int3_length(cpu.fetch(), cpu.mode) or 1
-        vcpu.last_bpt_length = length
         return _bpt(vm, vcpu, length)
-    vcpu.last_bpt_length = 0  # KVM on Intel keeps one length for #DB and #BP
     if debug.dr6 & x86.DR6_HITS and vcpu.breakpoints:
         return exits.Db(debug.dr6)
     if vcpu.stepping:
@@ -118,10 +116,7 @@ def _internal_error(vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
     cpu = copy_state(vm.memory, vcpu)
     length = x86.int3_length(code, cpu.mode)
     if length is not None:
-        if vm.stepper.not_the_guests_int3(vm, vcpu):
-            return None
-        if Capability.BPT_EXIT in vcpu.wanted:
-            return exits.Bpt(length)
+        return None if vm.stepper.not_the_guests_int3(vm, vcpu) else _bpt(vm, vcpu, length)
     if complete_in_software(vcpu, cpu, code) or complete_for_host(vcpu, cpu, code):
         return MTRAP if vcpu.stepping else None
     return exits.InternalError(failure.suberror, code)

@@ -2,10 +2,10 @@
 
 There are two reasons to.  Some hosts cannot execute them: where KVM *emulates* ring 0, `int3` and
 `int n` end in an emulation failure.  And a single-step over some of them goes wrong on the others,
-because the step is made with the processor's trap flag: `int n`, `int3` and `syscall` clear it and
-run away into their handler, `pushf` and `syscall` show it to the guest, and `mov ss` and `sti` (on
-some processors) hold it off for an instruction.  Executed here, each is exactly one instruction,
-and the guest cannot tell.
+because the step is made with the processor's trap flag: `int n`, `int3`, `syscall` and `sysret`
+load another one and run away to where they lead, `pushf` and `syscall` show it to the guest, and
+`mov ss` and `sti` (on some processors) hold it off for an instruction.  Executed here, each is
+exactly one instruction, and the guest cannot tell.
 
 `INSTRUCTIONS` is the table.  To add one, write a function and its row.  Whatever is unusual (a task
 gate, a fault on the way, virtual-8086 mode) raises CannotComplete with nothing changed, and the
@@ -163,6 +163,20 @@ def _syscall(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     cpu.sregs.ss = x86.flat_segment(selector + 8, code=False)
 
 
+def _sysret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """Intel SDM vol. 2B, "SYSRET"; only to 64-bit mode.  It loads TF, and so ends a step."""
+    to_64_bits = cpu.mode is CpuMode.LONG and _operand_size(cpu, prefixes) == 8
+    if not to_64_bits or cpu.cpl > 0 or not cpu.sregs.efer & x86.EFER_SCE:
+        raise CannotComplete("#UD, #GP, or to compatibility mode")
+    if cpu.regs.rcx >> 47:
+        raise CannotComplete("#GP, if it is not canonical")
+    selector = cpu.msr(x86.MSR_STAR) >> 48 & 0xFFFF
+    cpu.regs.rip = cpu.regs.rcx
+    cpu.regs.rflags = cpu.regs.r11 & _RFLAGS_LOADABLE & ~x86.RFLAGS_RF | x86.RFLAGS_FIXED
+    cpu.sregs.cs = x86.flat_segment(selector + 16 | 3, code=True, bits=64, dpl=3)
+    cpu.sregs.ss = x86.flat_segment(selector + 8 | 3, code=False, dpl=3)
+
+
 def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     """Intel SDM vol. 2A, "IRET/IRETD/IRETQ"."""
     mode, size = cpu.mode, _operand_size(cpu, prefixes)
@@ -195,8 +209,7 @@ def _iret(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     if words == 5:
         cpu.regs.rsp = rsp
     else:
-        width = 0xFFFFFFFF if cpu.sregs.ss.db and mode is not CpuMode.REAL else 0xFFFF
-        cpu.regs.rsp = cpu.regs.rsp & ~width | (cpu.regs.rsp + words * size) & width
+        _pop(cpu, words * size)
     cpu.regs.rip = rip
     kept = cpu.regs.rflags & ~0xFFFF if size == 2 else 0
     cpu.regs.rflags = kept | rflags & _RFLAGS_LOADABLE | x86.RFLAGS_FIXED
@@ -220,14 +233,34 @@ def _mov_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
     number = modrm & 7
     if prefixes[-1:] and prefixes[-1] & 0xF1 == 0x41:  # REX.B
         number += 8
-    selector = getattr(cpu.regs, REGISTERS[number]) & 0xFFFF
+    _load_ss(cpu, getattr(cpu.regs, REGISTERS[number]) & 0xFFFF)
+    cpu.advance(len(prefixes) + 2)
+
+
+def _pop_ss(cpu: Cpu, prefixes: bytes, rest: bytes) -> None:
+    """The same from the stack; in 64-bit mode there is no such instruction."""
+    if cpu.mode not in (CpuMode.REAL, CpuMode.PROTECTED16, CpuMode.PROTECTED32):
+        raise CannotComplete("#UD, or a mode in which no kernel runs")
+    stack = linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
+    selector = int.from_bytes(cpu.read(stack, 2), "little")
+    _pop(cpu, _operand_size(cpu, prefixes))
+    _load_ss(cpu, selector)
+    cpu.advance(len(prefixes) + 1)
+
+
+def _pop(cpu: Cpu, count: int) -> None:
+    """Move RSP by `count` bytes; the stack segment's size says how much of it."""
+    width = 0xFFFFFFFF if cpu.sregs.ss.db and cpu.mode is not CpuMode.REAL else 0xFFFF
+    cpu.regs.rsp = cpu.regs.rsp & ~width | (cpu.regs.rsp + count) & width
+
+
+def _load_ss(cpu: Cpu, selector: int) -> None:
     if cpu.mode is CpuMode.REAL:
         cpu.sregs.ss.selector, cpu.sregs.ss.base = selector, selector << 4
     elif cpu.mode is CpuMode.V8086 or selector & 3 != cpu.cpl:
         raise CannotComplete("#GP, or virtual-8086 mode")
     else:
         cpu.sregs.ss = _return_stack_segment(cpu, selector, cpu.cpl)
-    cpu.advance(len(prefixes) + 2)
     cpu.shadow(SHADOW_MOV_SS)
 
 
@@ -278,9 +311,11 @@ INSTRUCTIONS: tuple[tuple[bytes, Callable[[Cpu, bytes, bytes], None]], ...] = (
     (b"\xcd", _int_n),
     (b"\x9c", _pushf),
     (b"\x0f\x05", _syscall),
+    (b"\x0f\x07", _sysret),
     (b"\xcf", _iret),
     (b"\xfb", _sti),
     (b"\x8e", _mov_ss),
+    (b"\x17", _pop_ss),
     (b"\xf4", _hlt),
 )
 _FIRST_BYTES = {opcode[:1] for opcode, _ in INSTRUCTIONS}

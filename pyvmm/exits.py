@@ -93,9 +93,10 @@ class Unhandled(Exit):
 
 @dataclass(frozen=True)
 class Bpt(Exit):
-    """An int3 with the BPT_EXIT capability on.  RIP is at the instruction.
+    """An int3 with the BPT_EXIT capability on, or a `hlt` that a debugger has planted.
 
-    `inst_length` is the length of the instruction in bytes: 1 for CC, more with prefixes.
+    RIP is at the instruction.  `inst_length` is its length in bytes: 1 for CC and hlt, more with
+    prefixes.
     """
 
     inst_length: int

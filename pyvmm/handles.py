@@ -192,7 +192,6 @@ class VmHandle(Handle):
         )
 
 
-@functools.lru_cache(maxsize=64)  # a debugger steps with the same ones thousands of times
 def _guest_debug(fd: int, control: int, debugreg: tuple[int, ...]) -> Callable[[], int]:
     """KVM_SET_GUEST_DEBUG as a call without arguments: 0, or -1 when the kernel refuses."""
     debug = kvm.kvm_guest_debug(control)
@@ -213,6 +212,9 @@ class VcpuHandle(Handle):
             super().close()
             raise
         self.run = kvm.kvm_run.from_buffer(self.map)
+        # The last KVM_SET_GUEST_DEBUG: a debugger steps with the same one thousands of times.
+        self._debug_wanted: tuple[int, tuple[int, ...]] | None = None
+        self._set_guest_debug: Callable[[], int] = lambda: 0
         # KVM_RUN for the run loop, where each microsecond counts: 0, or else check_interrupted().
         self.enter = functools.partial(kvm.ioctl_of_ints, fd, kvm.KVM_RUN, 0)
 
@@ -293,5 +295,8 @@ class VcpuHandle(Handle):
 
     def set_guest_debug(self, control: int, debugreg: Iterable[int] = ()) -> None:
         """KVM_SET_GUEST_DEBUG with KVM_GUESTDBG_* flags and DR0..DR7 (DR4, DR5 unused)."""
-        if _guest_debug(self.fd, control, tuple(debugreg))() < 0:
+        wanted = control, tuple(debugreg)
+        if wanted != self._debug_wanted:
+            self._debug_wanted, self._set_guest_debug = wanted, _guest_debug(self.fd, *wanted)
+        if self._set_guest_debug() < 0:
             raise kvm.failure(kvm.KVM_SET_GUEST_DEBUG)

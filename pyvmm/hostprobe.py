@@ -14,11 +14,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from enum import Enum
 
 from pyvmm import handles, kvm
 from pyvmm.lab import CODE, DATA, KERNEL_CODE, Lab, LabMode
 from pyvmm.light import Any, NamedTuple, TypeVar
-from pyvmm.vcpurecord import Injection
 from pyvmm.x86 import CR0_PG, DR6_HITS, EFER_SCE, MSR_LSTAR, MSR_STAR, VECTOR_BP
 
 _ENABLE, _STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_SINGLESTEP
@@ -26,6 +26,14 @@ _SW_BP, _HW_BP = kvm.KVM_GUESTDBG_USE_SW_BP, kvm.KVM_GUESTDBG_USE_HW_BP
 
 _NOP, _INT3 = b"\x90", b"\xcc"
 _INT3_LONG = b"\x66\xcc"  # with a prefix: two bytes
+
+
+class Injection(Enum):
+    """What KVM adds to RIP when a #BP is injected, to make the saved RIP."""
+
+    NOTHING = "saves RIP as it is"
+    EXIT_LENGTH = "adds the length of the last int3 that left the guest"
+    UNRELIABLE = "something else"
 
 
 _Result = TypeVar("_Result")
@@ -367,8 +375,8 @@ FINDINGS = (
     Finding(
         "injection", "breakpoints handed back to the guest",
         lambda h: h.injection is not Injection.UNRELIABLE,
-        "by KVM, with the return address that pyvmm chose",
-        "by pyvmm itself: KVM's return address cannot be chosen",
+        "KVM would do it right; pyvmm does it on every host",
+        "KVM would return to the wrong address; pyvmm does it",
     ),
     Finding(
         "step", "single-step, CPL 0", lambda h: h.step,

@@ -2,8 +2,9 @@
 
     vm.run(vcpu_id) -> a typed exit (exits.py)
 
-Who may run, and how a vCPU is brought out of the guest, is in debuggedset.py; here is what a vCPU
-does when it may: the checks before each entry, the entry, what KVM is asked and told.
+Who may run, and how a vCPU is brought out of the guest, is in debuggedset.py; registers and memory
+of one that does not run are in vcpuaccess.py.  Here is what a vCPU does when it may run: the checks
+before each entry, the entry, what KVM is asked and told.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import threading
 from collections.abc import Iterable
 from types import TracebackType
 
-from pyvmm import cpuid, cpustate, exits, handles, kvm, x86
-from pyvmm.cpustate import Register
-from pyvmm.debuggedset import DebuggedSet
+from pyvmm import cpuid, exits, handles, kvm, x86
 from pyvmm.decode import decode
 from pyvmm.light import TYPE_CHECKING
-from pyvmm.memory import GuestMemory, VirtualMemory
+from pyvmm.memory import GuestMemory
+from pyvmm.vcpuaccess import NOT_STARTED, VcpuAccess
 from pyvmm.vcpurecord import (
     Capability,
     Guard,
@@ -30,17 +30,14 @@ from pyvmm.vcpurecord import (
 )
 
 if TYPE_CHECKING:
-    from pyvmm.emulate import Cpu
     from pyvmm.hostprobe import HostProbe
     from pyvmm.stepping import Stepper
 
 # Where KVM on Intel may put three hidden pages for real mode: below the BIOS, as api.rst advises.
 _TSS_GPA, _IDENTITY_MAP_GPA = 0xFFFBD000, 0xFFFBC000
 
-_NOT_STARTED = (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED)
 
-
-class VM(DebuggedSet):
+class VM(VcpuAccess):
     """A virtual machine: memory, vCPUs, and the debugged set.  A context manager."""
 
     def __init__(self, *, device: str = "/dev/kvm", cpus: int = 1, irqchip: bool = False) -> None:
@@ -66,6 +63,8 @@ class VM(DebuggedSet):
         self.guard: Guard | None = None  # makes hlt_traps work in ring 3
         self.hlt_traps: set[int] = set()  # GPAs where a debugger has planted hlt as a breakpoint
         self._device = device
+        self._stepper: Stepper | None = None
+        self._stepper_lock = threading.Lock()
         try:
             self.handle.ioctl(kvm.KVM_SET_TSS_ADDR, _TSS_GPA)
             self.handle.ioctl(kvm.KVM_SET_IDENTITY_MAP_ADDR, ctypes.c_uint64(_IDENTITY_MAP_GPA))
@@ -98,12 +97,16 @@ class VM(DebuggedSet):
 
         return hostprobe.host(self._device)
 
-    @functools.cached_property
+    @property
     def stepper(self) -> Stepper:
         """What single-steps the vCPUs: imported only when there is something to step."""
-        from pyvmm.stepping import Stepper
+        stepper = self._stepper
+        if stepper is None:
+            from pyvmm.stepping import Stepper
 
-        return Stepper(self.memory)
+            with self._stepper_lock:  # two with a lock each would not see each other's traps
+                stepper = self._stepper = self._stepper or Stepper(self.memory)
+        return stepper
 
     # --- vCPUs ---------------------------------------------------------------------------------
 
@@ -122,6 +125,10 @@ class VM(DebuggedSet):
         vcpu.startup_awaited = self._awaits_startup(vcpu_id)
         with self._lock:
             self._vcpus[vcpu_id] = vcpu
+
+    def handle_of(self, vcpu_id: int) -> handles.VcpuHandle:
+        """The vCPU's handle, whatever it is doing: for what may be done with it at any time."""
+        return self._record(vcpu_id).handle
 
     def hide_what_fails(self) -> None:
         """Let CPUID hide from vCPUs that are made later what this host cannot execute at CPL 0.
@@ -148,7 +155,7 @@ class VM(DebuggedSet):
             for v in self._vcpus.values()
         ]
         return all(
-            state in _NOT_STARTED
+            state in NOT_STARTED
             or (state == kvm.KVM_MP_STATE_HALTED and not interrupts_enabled and not nmi_wanted)
             for state, interrupts_enabled, nmi_wanted in states
         )
@@ -156,7 +163,7 @@ class VM(DebuggedSet):
     def started(self, vcpu_id: int) -> bool:
         """Whether a parked vCPU has got its start-up IPI; without an irqchip all have."""
         state = self.state(vcpu_id).get(kvm.kvm_mp_state).mp_state if self.irqchip else 0
-        return state not in _NOT_STARTED
+        return state not in NOT_STARTED
 
     def run_state(self, vcpu_id: int) -> str:
         """What a parked vCPU is about, in words: "not started", "halted" or "running"."""
@@ -171,6 +178,37 @@ class VM(DebuggedSet):
         """Raise or lower interrupt line `number`; nobody hears it without an irqchip."""
         if self.irqchip:
             self.handle.irq_line(number, level)
+
+    # --- reset ---------------------------------------------------------------------------------
+
+    def like_this(self) -> VM:
+        """A new VM of the same kind, without memory and vCPUs."""
+        return VM(device=self._device, cpus=self.cpus, irqchip=self.irqchip)
+
+    @functools.cached_property
+    def msr_indices(self) -> tuple[int, ...]:
+        """The model-specific registers that KVM saves and restores on this host."""
+        system = handles.SystemHandle(self._device)
+        try:
+            return system.msr_indices()
+        finally:
+            system.close()
+
+    def reset(self) -> None:
+        """Bring vCPUs and irqchip back to power-on; all vCPUs must be held.
+
+        What was asked for stays: capabilities, hardware breakpoints, the debugged set.
+        """
+        from pyvmm import reset
+
+        reset.power_on(self)
+        with self._lock:
+            for vcpu in self._vcpus.values():
+                vcpu.halted = vcpu.nmi_wanted = False
+                vcpu.bp_queued, vcpu.last_exit = None, None
+                vcpu.entry_inst_length = 0
+                vcpu.startup_awaited = self._awaits_startup(vcpu.vcpu_id)
+                self._changed(vcpu)
 
     # --- capabilities --------------------------------------------------------------------------
 
@@ -206,6 +244,23 @@ class VM(DebuggedSet):
             if capability is Capability.MTRAP_EXIT and self.irqchip:
                 self._let_int3_exit()
 
+    def _let_int3_exit(self) -> None:
+        """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""
+        needed = any(vcpu.stepping for vcpu in self._vcpus.values())
+        for vcpu in self._vcpus.values():
+            if vcpu.int3_exits != needed:
+                vcpu.int3_exits = needed
+                self._changed(vcpu)
+
+    def get_capability(self, vcpu_id: int, capability: Capability) -> bool:
+        """Whether a capability is on.  Raises VmError: EINVAL no such vCPU, ENOENT unknown."""
+        vcpu = self._record(vcpu_id)
+        if not isinstance(capability, Capability):
+            raise VmError(errno.ENOENT, f"no capability {capability!r}")
+        if capability is Capability.HLT_EXIT:
+            return not self.irqchip
+        return capability in vcpu.wanted
+
     def set_step_range(self, vcpu_id: int, gvas: range) -> None:
         """With MTRAP_EXIT: no exit after instructions that lead to one of these GVAs.
 
@@ -215,14 +270,6 @@ class VM(DebuggedSet):
         vcpu = self._record(vcpu_id)
         with self._lock:
             vcpu.step_range = gvas
-
-    def _let_int3_exit(self) -> None:
-        """A step may plant int3 where other vCPUs come by, too (lock held); see steptraps.py."""
-        needed = any(vcpu.stepping for vcpu in self._vcpus.values())
-        for vcpu in self._vcpus.values():
-            if vcpu.int3_exits != needed:
-                vcpu.int3_exits = needed
-                self._changed(vcpu)
 
     def breakpoint_instruction(self, vcpu_id: int) -> int:
         """The one-byte instruction that leaves the guest, to plant as a breakpoint.
@@ -236,54 +283,12 @@ class VM(DebuggedSet):
         real = x86.cpu_mode(sregs) is x86.CpuMode.REAL
         int3_exits = self.host.breakpoint_real if real else self.host.breakpoint_as_such
         if int3_exits:
-            return 0xCC
+            return x86.INT3
         if not self.irqchip:
-            return 0xF4
+            return x86.HLT
         if self.host.breakpoint and not real:
-            return 0xCC
+            return x86.INT3
         raise VmError(errno.ENOTSUP, "this host has no breakpoint instruction: use hbreak")
-
-    def handle_of(self, vcpu_id: int) -> handles.VcpuHandle:
-        """The vCPU's handle, whatever it is doing: for what may be done with it at any time."""
-        return self._record(vcpu_id).handle
-
-    def like_this(self) -> VM:
-        """A new VM of the same kind, without memory and vCPUs."""
-        return VM(device=self._device, cpus=self.cpus, irqchip=self.irqchip)
-
-    @functools.cached_property
-    def msr_indices(self) -> tuple[int, ...]:
-        """The model-specific registers that KVM saves and restores on this host."""
-        system = handles.SystemHandle(self._device)
-        try:
-            return system.msr_indices()
-        finally:
-            system.close()
-
-    def reset(self) -> None:
-        """Bring vCPUs and irqchip back to power-on; all vCPUs must be held.
-
-        What was asked for stays: capabilities, hardware breakpoints, the debugged set.
-        """
-        from pyvmm import reset
-
-        reset.power_on(self)
-        with self._lock:
-            for vcpu in self._vcpus.values():
-                vcpu.halted = vcpu.nmi_wanted = False
-                vcpu.bp_queued, vcpu.last_exit = None, None
-                vcpu.entry_inst_length = 0
-                vcpu.startup_awaited = self._awaits_startup(vcpu.vcpu_id)
-                self._changed(vcpu)
-
-    def get_capability(self, vcpu_id: int, capability: Capability) -> bool:
-        """Whether a capability is on.  Raises VmError: EINVAL no such vCPU, ENOENT unknown."""
-        vcpu = self._record(vcpu_id)
-        if not isinstance(capability, Capability):
-            raise VmError(errno.ENOENT, f"no capability {capability!r}")
-        if capability is Capability.HLT_EXIT:
-            return not self.irqchip
-        return capability in vcpu.wanted
 
     def set_hardware_breakpoints(
         self, vcpu_id: int, breakpoints: Iterable[HardwareBreakpoint]
@@ -301,114 +306,13 @@ class VM(DebuggedSet):
                 vcpu.breakpoints = chosen
                 self._changed(vcpu)
 
-    def _changed(self, vcpu: VcpuRecord) -> None:
-        """KVM must be told before the next entry; only the vCPU's own thread can (lock held)."""
-        vcpu.stale = True
-        vcpu.update_attention()
-        if not vcpu.asleep:  # else it looks when it wakes up
-            self._kick(vcpu)
-
-    # --- registers and events ------------------------------------------------------------------
-
-    def get_register(self, vcpu_id: int, register: Register) -> int:
-        """Read a register.  Raises VmError: EINVAL no such vCPU, EBUSY it is running."""
-        vcpu = self._accessible(vcpu_id)
-        if register is Register.GUEST_ENTRY_INST_LENGTH:
-            return vcpu.entry_inst_length
-        return cpustate.get(vcpu.handle, register)
-
-    def set_register(self, vcpu_id: int, register: Register, value: int) -> None:
-        """Write a register.  Raises VmError: EINVAL no such vCPU or value, EBUSY it is running.
-
-        A halted vCPU whose RIP is written runs on from there.
-        """
-        vcpu = self._accessible(vcpu_id)
-        if register is Register.GUEST_ENTRY_INST_LENGTH:
-            if not 0 <= value <= 15:
-                raise VmError(errno.EINVAL, f"no instruction is {value} bytes long")
-            vcpu.entry_inst_length = value
-            return
-        try:
-            cpustate.set(vcpu.handle, register, value)
-        except OverflowError as error:
-            raise VmError(errno.EINVAL, str(error)) from None
-        if register is Register.RIP:
-            self._unhalt(vcpu)
-
-    def state(self, vcpu_id: int) -> handles.VcpuHandle:
-        """The vCPU's handle, for whole structures.  Raises VmError (EBUSY) while it is running."""
-        return self._accessible(vcpu_id).handle
-
-    def inject_exception(
-        self,
-        vcpu_id: int,
-        vector: int,
-        error_code: int | None = None,
-        restart_instruction: bool = False,
-    ) -> None:
-        """Queue an exception for the vCPU's next entry; does not kick.
-
-        For #BP the guest sees a saved RIP of RIP + GUEST_ENTRY_INST_LENGTH on every host; with
-        `restart_instruction` it sees RIP itself.
-        Raises VmError: EINVAL no such vCPU, a vector outside 0..31, or #DF; EBUSY the vCPU is
-        running, has I/O in flight, or has an exception pending already.
-        """
-        from pyvmm import injection
-
-        vcpu = self._accessible(vcpu_id)
-        queued_length = injection.inject(self, vcpu, vector, error_code, restart_instruction)
-        with self._lock:
-            vcpu.bp_queued = queued_length
-            vcpu.update_attention()
-        self._unhalt(vcpu)
-
-    def inject_nmi(self, vcpu_id: int) -> None:
-        """Raise a non-maskable interrupt, from any thread; wakes a halted vCPU.
-
-        Raises VmError (EINVAL) for an unknown vCPU.
-        """
-        vcpu = self._record(vcpu_id)
-        with self._lock:
-            vcpu.nmi_wanted = True
-            self._changed(vcpu)
-            vcpu.wake.notify_all()
-
-    def _accessible(self, vcpu_id: int) -> VcpuRecord:
-        """The record, if the caller may touch its registers now."""
-        vcpu = self._record(vcpu_id)
-        with self._lock:
-            if vcpu.thread_id not in (None, threading.get_ident()) and not vcpu.parked:
-                raise VmError(errno.EBUSY, f"vCPU {vcpu_id} is running: suspend it first")
-        if vcpu.startup_awaited:
-            # One that came while it was parked changes its registers only when KVM is asked this.
-            mp_state = vcpu.handle.get(kvm.kvm_mp_state).mp_state
-            vcpu.startup_awaited = mp_state in _NOT_STARTED
-        return vcpu
-
-    def halt(self, vcpu: VcpuRecord) -> None:
-        """`vcpu` has executed hlt: run() returns Hlt until something wakes it."""
-        with self._lock:
-            vcpu.halted = True
-            vcpu.update_attention()
-
-    def wake_halted(self, vcpu_id: int) -> None:
-        """A halted vCPU runs on behind its `hlt` from its next entry on."""
-        self._unhalt(self._record(vcpu_id))
-
-    def _unhalt(self, vcpu: VcpuRecord) -> None:
-        if self.irqchip and vcpu.handle.get(kvm.kvm_mp_state).mp_state == kvm.KVM_MP_STATE_HALTED:
-            vcpu.handle.set(kvm.kvm_mp_state(kvm.KVM_MP_STATE_RUNNABLE))
-        with self._lock:
-            vcpu.halted = False
-            vcpu.update_attention()
-            vcpu.wake.notify_all()
-
     # --- running -------------------------------------------------------------------------------
 
     def run(self, vcpu_id: int) -> exits.Exit:
         """Run a vCPU, on the thread that activated it, until something happens: a typed exit.
 
-        Order of checks before the guest is entered: VM ended, debugged, halted, events, enter.
+        Order of checks before the guest is entered: VM ended, I/O to finish, debugged (with an
+        interrupt that is on its way delivered first), halted, a #BP to deliver, enter.
         """
         vcpu = self._vcpus[vcpu_id]
         while True:
@@ -429,6 +333,12 @@ class VM(DebuggedSet):
             vcpu.last_exit = exit
             if exit is not None:
                 return exit
+
+    def halt(self, vcpu: VcpuRecord) -> None:
+        """`vcpu` has executed hlt: run() returns Hlt until something wakes it."""
+        with self._lock:
+            vcpu.halted = True
+            vcpu.update_attention()
 
     def answer(self, vcpu_id: int, data: bytes) -> None:
         """Give the bytes that the guest reads, for the InOut or Mmio that run() just returned."""
@@ -465,6 +375,8 @@ class VM(DebuggedSet):
             if vcpu.stepping and self.stepper.io_was_all(self, vcpu):
                 return exits.Mtrap()
         if stopping:
+            if self.guard is not None:
+                self.stepper.forget_gp_of_breakpoint(self, vcpu)
             if self.irqchip:
                 events = vcpu.handle.get(kvm.kvm_vcpu_events)
                 if events.interrupt.injected and not events.interrupt.soft:
@@ -511,39 +423,3 @@ class VM(DebuggedSet):
         if not vcpu.stepping:  # else each step arms itself
             vcpu.set_guest_debug()
             vcpu.handle.leave_registers(False)  # each exit would pay for them
-
-    # --- guest virtual memory, as the vCPU sees it -----------------------------------------------
-
-    def translate(self, vcpu_id: int, gva: int) -> int:
-        """The GPA behind `gva` with the vCPU's own paging, as CPL 0; it need not be RAM.
-
-        Raises paging.TranslationFault where nothing is mapped, VmError as get_register() does.
-        """
-        return self._virtual(self._accessible(vcpu_id)).translate(gva)
-
-    def read_virtual(self, vcpu_id: int, gva: int, length: int) -> bytes:
-        """Read `length` bytes at a GVA.  Raises as translate() does, and GuestMemoryError."""
-        return self._virtual(self._accessible(vcpu_id)).read(gva, length)
-
-    def write_virtual(self, vcpu_id: int, gva: int, data: bytes) -> None:
-        """Write at a GVA, all of `data` or nothing.  Raises as read_virtual() does."""
-        self._virtual(self._accessible(vcpu_id)).write(gva, data)
-
-    def _virtual(self, vcpu: VcpuRecord) -> VirtualMemory:
-        return VirtualMemory(self.memory, vcpu.handle.get(kvm.kvm_sregs))
-
-    # --- instructions executed by pyvmm (emulate.py) -------------------------------------------
-
-    def cpu(self, vcpu_id: int) -> Cpu:
-        """A copy of a vCPU's state, with its view of memory.  Raises as get_register() does."""
-        from pyvmm.cpucopy import copy_state
-
-        return copy_state(self.memory, self._accessible(vcpu_id))
-
-    def execute_in_software(self, vcpu_id: int) -> bool:
-        """Execute the instruction at RIP if it is one of emulate.py's.  Raises VmError (EBUSY)."""
-        from pyvmm.cpucopy import complete_in_software, copy_state
-
-        vcpu = self._accessible(vcpu_id)
-        cpu = copy_state(self.memory, vcpu)
-        return complete_in_software(vcpu, cpu, cpu.fetch())

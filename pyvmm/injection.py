@@ -1,7 +1,7 @@
 """Exceptions that the hypervisor layer gives to a guest: queued in KVM, or delivered in software.
 
-What hosts do with a #BP that is injected differs: see vcpurecord.Injection, which the host probe
-fills in.  The outcome is the same on all: the guest's handler sees RIP + GUEST_ENTRY_INST_LENGTH.
+A #BP is delivered in software, right before the next entry: what hosts make of one that is injected
+differs (hostprobe.Injection), and none tells any more that it has one.
 Source: api.rst, "KVM_SET_VCPU_EVENTS"; Intel SDM vol. 3C, "VM-Entry Controls for Event Injection".
 """
 
@@ -12,31 +12,28 @@ import errno
 from pyvmm import emulate, kvm, x86
 from pyvmm.cpucopy import copy_state, write_state
 from pyvmm.light import TYPE_CHECKING
-from pyvmm.vcpurecord import Injection, VcpuRecord, VmError
+from pyvmm.vcpurecord import VcpuRecord, VmError
 
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
 
 
 def inject(
-    vm: VM, vcpu: VcpuRecord, vector: int, error_code: int | None, restart_instruction: bool
+    vcpu: VcpuRecord, vector: int, error_code: int | None, restart_instruction: bool
 ) -> int | None:
     """Queue an exception in KVM; see VM.inject_exception(), which lists the errors.
 
-    Returns None; or, for a #BP that KVM would not deliver right, the length with which
-    deliver_breakpoint() is to be called before the next entry.
+    Returns None; or, for a #BP, the length with which deliver_breakpoint() is to be called before
+    the next entry.
     """
     if not 0 <= vector < 32 or vector == x86.VECTOR_DF:
         raise VmError(errno.EINVAL, f"vector {vector} is no exception to inject")
     if vcpu.io_in_flight:
         raise VmError(errno.EBUSY, f"vCPU {vcpu.vcpu_id} has I/O in flight")
-    events = vcpu.handle.get(kvm.kvm_vcpu_events)
-    if events.exception.injected or events.exception.pending or vcpu.bp_queued is not None:
+    if queued(vcpu) is not None or vcpu.bp_queued is not None:
         raise VmError(errno.EBUSY, f"vCPU {vcpu.vcpu_id} has an exception pending")
     if vector == x86.VECTOR_BP:
-        length = 0 if restart_instruction else vcpu.entry_inst_length
-        if not _let_kvm_inject_bp(vm, vcpu, length):
-            return length
+        return 0 if restart_instruction else vcpu.entry_inst_length
     _queue(vcpu, vector, error_code)
     return None
 
@@ -55,20 +52,19 @@ def _queue(vcpu: VcpuRecord, vector: int, error_code: int | None) -> None:
     vcpu.handle.set(events)
 
 
-def _let_kvm_inject_bp(vm: VM, vcpu: VcpuRecord, length: int) -> bool:
-    """Move RIP so that KVM, which adds what the probe found, saves RIP + `length`.
+def queued(vcpu: VcpuRecord) -> int | None:
+    """The vector of the exception that KVM has not delivered yet, if there is one."""
+    exception = vcpu.handle.get(kvm.kvm_vcpu_events).exception
+    return int(exception.nr) if exception.injected or exception.pending else None
 
-    False where that cannot be relied on: then the #BP is delivered in software instead.
-    """
-    host = vm.host.injection
-    added = vcpu.last_bpt_length if host is Injection.EXIT_LENGTH else 0
-    if host is Injection.UNRELIABLE or (host is Injection.EXIT_LENGTH and not added):
-        return False
-    if length != added:
-        cpu = copy_state(vm.memory, vcpu)
-        cpu.advance(length - added)
-        vcpu.handle.set(cpu.regs)
-    return True
+
+def forget(vcpu: VcpuRecord) -> None:
+    """Take back an exception that KVM has not delivered yet: it belongs to where RIP was before."""
+    events = vcpu.handle.get(kvm.kvm_vcpu_events)
+    if events.exception.injected or events.exception.pending:
+        events.exception.injected = events.exception.pending = 0
+        events.flags = 0  # as in _queue()
+        vcpu.handle.set(events)
 
 
 def deliver_interrupt(vm: VM, vcpu: VcpuRecord, events: kvm.kvm_vcpu_events) -> None:

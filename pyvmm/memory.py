@@ -155,6 +155,7 @@ class VirtualMemory:
         self._memory = memory
         self._paging = paging
         self._registers = paging.PagingRegisters.of(sregs)
+        self.gva_end = paging.gva_end(self._registers)  # what is higher wraps around
         # By gva >> 12: GPA and size of the page, good as long as the entries say the same.
         self._pages: dict[int, tuple[int, int, Unchanged]] = {}
 

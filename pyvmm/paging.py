@@ -90,6 +90,7 @@ class FaultReason(Enum):
     """Why a gva has no gpa."""
 
     NON_CANONICAL = "the address is not canonical"
+    TOO_WIDE = "outside of 64-bit mode addresses have 32 bits"
     NOT_PRESENT = "not present"
     RESERVED = "a reserved bit is set"
     NOT_RAM = "the page table is outside guest RAM"
@@ -237,6 +238,16 @@ def paging_mode(cr0: int, cr4: int, efer: int) -> PagingMode:
     if not efer & EFER_LME:
         return PagingMode.PAE
     return PagingMode.LEVEL5 if cr4 & CR4_LA57 else PagingMode.LEVEL4
+
+
+def gva_end(registers: PagingRegisters) -> int:
+    """Behind the last gva that a program can use: 32 bits wide outside of 64-bit mode.
+
+    `find_page` and `walk` take higher ones, too, and let them wrap around; who does not want that
+    looks here, and may use FaultReason.TOO_WIDE.
+    """
+    mode = paging_mode(registers.cr0, registers.cr4, registers.efer)
+    return 1 << (64 if mode in (PagingMode.LEVEL4, PagingMode.LEVEL5) else 32)
 
 
 @functools.lru_cache(maxsize=64)  # a debugger asks with the same registers thousands of times

@@ -3,8 +3,8 @@
 KVM steps with the processor's trap flag, and by itself that goes wrong in four ways, which are made
 up for here:
 
-- `int3`, `int n`, `syscall` and `pushf` lose the flag or show it to the guest: they are executed in
-  software instead (emulate.py);
+- `int3`, `int n`, `syscall`, `pushf` and some more lose the flag or show it to the guest: they are
+  executed in software instead (emulate.py);
 - an instruction that faults runs away into its handler: traps on the handlers (steptraps.py);
 - some hosts stop again where they started (an EPT violation while the flag is armed, on emulated
   Intel): such a stop, with no register changed, is repeated;
@@ -19,21 +19,39 @@ from __future__ import annotations
 
 import threading
 
-from pyvmm import emulate, exits, kvm, x86
+from pyvmm import emulate, exits, injection, kvm, x86
 from pyvmm.cpucopy import complete_in_software, copy_state, write_state
 from pyvmm.decode import MTRAP, decode
-from pyvmm.light import TYPE_CHECKING
+from pyvmm.light import TYPE_CHECKING, NamedTuple
 from pyvmm.memory import GuestMemory, VirtualMemory
-from pyvmm.steptraps import HLT, INT3, StepTraps, leave_handler_frame, undo_fault
+from pyvmm.steptraps import (
+    StepTraps,
+    clear_saved_tf,
+    undo_fault,
+    undo_step_delivery,
+)
 from pyvmm.vcpurecord import Capability, VcpuRecord
+from pyvmm.x86 import HLT, INT3
 
 if TYPE_CHECKING:
     from pyvmm.hypervisor import VM
 
+_HLT = bytes((HLT,))
 _STRING_OPCODES = {
     bytes((n,)) for n in (*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0))
 }
 _MAX_REPEATS = 16  # stops without progress: one for each cold page that the instruction touches
+
+
+class _Context(NamedTuple):
+    """A vCPU's system registers, and what follows from them: seldom other from step to step."""
+
+    system: bytes  # kvm_sregs
+    cpu: emulate.Cpu  # not to be changed: it is kept for the next step
+    mode: x86.CpuMode  # (RFLAGS.VM, too, decides it, but never changes alone)
+    code_base: int
+    trap: int | None  # what leaves the guest from a handler: see _trap_instruction()
+    lends_gate: bool  # a host that delivers the step's #DB at CPL 3 needs a gate to do so
 
 
 class Stepper:
@@ -44,8 +62,7 @@ class Stepper:
         # Held while traps are planted, or the guard is lifted, also over KVM_RUN.
         self._lock = threading.RLock()
         self._traps = StepTraps(memory)
-        # By vcpu_id: its system registers as they were last, and what was made of them.
-        self._known: dict[int, tuple[bytes, emulate.Cpu, x86.CpuMode]] = {}
+        self._contexts: dict[int, _Context] = {}  # by vcpu_id: as it was last
 
     def step(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Let `vcpu`, on its own thread, execute one instruction.  None: it was interrupted.
@@ -56,60 +73,56 @@ class Stepper:
         exit: exits.Exit | None = None
         while True:
             waits = vm.irqchip and _waits_in_kernel(vcpu)
-            cpu, mode, pc = self._look(vm, vcpu)
+            context, pc = self._look(vm, vcpu)
             if exit is MTRAP and pc not in vcpu.step_range:
                 return exit
             if waits:
                 return self._step_once_awake(vm, vcpu)
-            exit = self._step_from(vm, vcpu, cpu, mode, pc)
+            if exit is MTRAP and vcpu.breakpoints and (hits := vcpu.execute_hits(pc)):
+                return exits.Db(hits)  # what is executed in software does not hit by itself
+            exit = self._step_from(vm, vcpu, context, pc)
             if exit is not MTRAP or not vcpu.step_range or vcpu.interrupted:
                 return exit
 
-    def _look(self, vm: VM, vcpu: VcpuRecord) -> tuple[emulate.Cpu, x86.CpuMode, int]:
-        """A copy of `vcpu`'s state, its mode, and the GVA of the next instruction.
-
-        Not to be changed: it is kept for the next step, because system registers seldom change
-        from one instruction to the next.
-        """
+    def _look(self, vm: VM, vcpu: VcpuRecord) -> tuple[_Context, int]:
+        """`vcpu`'s state, and the GVA of the next instruction."""
         system = vcpu.handle.get_bytes(kvm.kvm_sregs)
-        known = self._known.get(vcpu.vcpu_id)
-        if known is None or known[0] != system:
-            cpu = copy_state(vm.memory, vcpu)
-            known = self._known[vcpu.vcpu_id] = system, cpu, cpu.mode
-        _, cpu, mode = known  # RFLAGS.VM, too, decides the mode, but never changes alone
-        regs = cpu.regs = vcpu.handle.get(kvm.kvm_regs)
-        return cpu, mode, x86.linear_address(cpu.sregs.cs.base, regs.rip, mode)
+        context = self._contexts.get(vcpu.vcpu_id)
+        if context is None or context.system != system:
+            context = self._contexts[vcpu.vcpu_id] = _context(vm, vcpu, system)
+        regs = context.cpu.regs = vcpu.handle.get(kvm.kvm_regs)
+        return context, x86.linear_address(context.code_base, regs.rip, context.mode)
 
     def _step_from(
-        self, vm: VM, vcpu: VcpuRecord, cpu: emulate.Cpu, mode: x86.CpuMode, start: int
+        self, vm: VM, vcpu: VcpuRecord, context: _Context, start: int
     ) -> exits.Exit | None:
         """Execute one instruction from where `vcpu` is, as _look() has found it."""
-        code = cpu.fetch_at(start)
-        if emulate.may_complete(code, mode):  # only a few instructions are special
-            cpu = copy_state(vm.memory, vcpu)
-            length = x86.int3_length(code, mode)
-            if length is not None and Capability.BPT_EXIT in vcpu.wanted:
-                return exits.Bpt(length)
-            if code[:1] == b"\xf4" and vm.hlt_traps:
-                gpa = _gpa_of_rip(vm, cpu)
-                if gpa in vm.hlt_traps:
-                    return exits.Bpt(1)
-                if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != 0xF4:
-                    return self._step_without_guard(vm, vcpu)
-            if complete_in_software(vcpu, cpu, code):
-                return MTRAP
-        vm.has_stepped = True
-        vcpu.step_rip = cpu.regs.rip
-        with self._lock:
-            # A host that delivers the step's #DB at CPL 3 to the guest needs a gate to do so.
-            lend = cpu.cpl == 3 and not vm.host.step_user
-            trap = _trap_instruction(vm, mode)
+        _, cpu, mode, _, trap, lends_gate = context
+        with self._lock:  # the code, too: it may be read where another's step has a trap
+            code = cpu.fetch_at(start)
+            if emulate.may_complete(code, mode):  # only a few instructions are special
+                cpu = copy_state(vm.memory, vcpu)
+                length = x86.int3_length(code, mode)
+                if length is not None and Capability.BPT_EXIT in vcpu.wanted:
+                    return exits.Bpt(length)
+                if code[0] == HLT and vm.hlt_traps:
+                    gpa = _gpa_of_rip(vm, cpu)
+                    if gpa in vm.hlt_traps:
+                        return exits.Bpt(1)
+                    if vm.guard is not None and vm.guard.gpa == gpa and vm.guard.original != HLT:
+                        return self._step_without_guard(vm, vcpu)
+                if complete_in_software(vcpu, cpu, code):
+                    return MTRAP
+            vm.has_stepped = True
+            vcpu.step_rip = cpu.regs.rip
+            if lends_gate:
+                _forget_single_step(vcpu)  # else it could not be told from that of this step
             if trap is not None:
-                self._traps.plant(cpu, start, trap, lend_db_gate=lend)
+                self._traps.plant(cpu, start, trap, lend_db_gate=lends_gate)
             try:
                 if not _enter_until_progress(vm, vcpu, cpu, start, int3=trap == INT3):
-                    return None
-                if self._is_behind(vcpu, start) or self._faulted(vm, vcpu, cpu):
+                    return MTRAP if lends_gate and _forget_pending_step(vcpu) else None
+                if self._is_behind(vcpu, start) or self._faulted(vm, vcpu, context, cpu):
                     return MTRAP
             finally:
                 self._traps.remove()
@@ -141,29 +154,31 @@ class Stepper:
         pc = debug.pc
         if debug.exception != x86.VECTOR_DB or debug.dr6 & x86.DR6_HITS or pc == start:
             return False
-        if self._traps.may_have_left(pc):
-            return False
-        vcpu.last_bpt_length = 0  # as for every #DB: see decode.py
-        return True
+        return not self._traps.may_have_left(pc)
 
-    def _faulted(self, vm: VM, vcpu: VcpuRecord, before: emulate.Cpu) -> bool:
+    def _faulted(self, vm: VM, vcpu: VcpuRecord, context: _Context, before: emulate.Cpu) -> bool:
         """Whether the step ended in a trap on an exception handler; then all is set right."""
         run = vcpu.kvm_run
         if run.exit_reason == kvm.KVM_EXIT_DEBUG:
             # The usual case, told from the exit alone: registers cost a system call each.
             if not self._traps.may_have_left(run.debug.pc):
                 return False
+            if context.trap == INT3 and run.debug.exception != x86.VECTOR_BP:
+                return False  # a call or jump to the handler: the trap has not been executed
         elif run.exit_reason not in (kvm.KVM_EXIT_HLT, kvm.KVM_EXIT_INTERNAL_ERROR):
             return False  # (an internal error: where KVM fails to emulate int3)
         after = copy_state(vm.memory, vcpu)
-        vectors = self._traps.hit(after, before.regs.rip)
-        if not vectors:
+        # On a host that gives the #DB of a step at CPL 3 to the guest, and has done so.
+        delivered = context.lends_gate and _single_step_flag(vcpu)
+        if not self._traps.hit(after, before.regs.rip, db_delivered=delivered):
             return False
         _take_owed_hlt(vm, vcpu, after)
         after.regs.rip -= self._traps.length
-        leave_handler_frame(after, vectors, before.regs)
+        if not before.regs.rflags & x86.RFLAGS_TF:  # else the guest steps by itself
+            if not (delivered and undo_step_delivery(after, before.sregs)):
+                clear_saved_tf(after, before.regs)
+            _forget_single_step(vcpu)
         write_state(vcpu, after)
-        _forget_single_step(vcpu)
         return True
 
     @staticmethod
@@ -187,15 +202,13 @@ class Stepper:
         with self._lock:  # until another's step is over and the guest's bytes are back
             cpu = copy_state(vm.memory, vcpu)
             cpu.regs.rip -= 1
-            if _at_breakpoint(vm, cpu):
-                vcpu.handle.set(cpu.regs)
-                return True, exits.Bpt(1)
             guarded = vm.guard is not None and _gpa_of_rip(vm, cpu) == vm.guard.gpa
             if not guarded:
-                if cpu.fetch(1) == b"\xf4":
+                at_breakpoint = _at_breakpoint(vm, cpu)
+                if not at_breakpoint and cpu.fetch(1) == _HLT:
                     return False, None
                 vcpu.handle.set(cpu.regs)
-                return True, None
+                return True, exits.Bpt(1) if at_breakpoint else None
         return True, self._at_gp_handler(vm, vcpu, cpu)
 
     def not_the_guests_int3(self, vm: VM, vcpu: VcpuRecord) -> bool:
@@ -216,9 +229,22 @@ class Stepper:
             cpu = copy_state(vm.memory, vcpu)
             cpu.regs.rip -= 1
         vcpu.handle.set(cpu.regs)
+        if _at_breakpoint(vm, cpu):  # in the handler itself
+            return exits.Bpt(1)
         exit = self._step_without_guard(vm, vcpu)
         vcpu.set_guest_debug()
+        vcpu.handle.leave_registers(False)
         return None if isinstance(exit, exits.Mtrap) else exit
+
+    def forget_gp_of_breakpoint(self, vm: VM, vcpu: VcpuRecord) -> None:
+        """Take back the #GP of a breakpoint in ring 3, for a vCPU that parks before its delivery.
+
+        The debugger may take the breakpoint out, and then the guest would get a #GP for nothing; if
+        it does not, the breakpoint raises it again.
+        """
+        is_gp = injection.queued(vcpu) == x86.VECTOR_GP
+        if is_gp and _at_breakpoint(vm, copy_state(vm.memory, vcpu)):
+            injection.forget(vcpu)
 
     def _step_without_guard(self, vm: VM, vcpu: VcpuRecord) -> exits.Exit | None:
         """Step over the first instruction of the #GP handler, with the guest's byte in place.
@@ -234,7 +260,14 @@ class Stepper:
                 return self._step_from(vm, vcpu, *self._look(vm, vcpu))
             finally:
                 if vm.guard is guard:
-                    vm.memory.write(guard.gpa, b"\xf4")
+                    vm.memory.write(guard.gpa, _HLT)
+
+
+def _context(vm: VM, vcpu: VcpuRecord, system: bytes) -> _Context:
+    cpu = copy_state(vm.memory, vcpu)
+    mode = cpu.mode
+    lends_gate = cpu.cpl == 3 and not vm.host.step_user
+    return _Context(system, cpu, mode, cpu.sregs.cs.base, _trap_instruction(vm, mode), lends_gate)
 
 
 def _waits_in_kernel(vcpu: VcpuRecord) -> bool:
@@ -284,6 +317,23 @@ def _take_owed_hlt(vm: VM, vcpu: VcpuRecord, after: emulate.Cpu) -> None:
     vcpu.handle.set_guest_debug(kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_BLOCKIRQ)
     while not kvm.run(vcpu.fd):
         vm.take_kick(vcpu)  # what it was about is looked at when the step is over
+
+
+def _single_step_flag(vcpu: VcpuRecord) -> bool:
+    """DR6.BS, which says to the guest that a #DB was that of a step."""
+    return bool(vcpu.handle.get(kvm.kvm_debugregs).dr6 & x86.DR6_BS)
+
+
+def _forget_pending_step(vcpu: VcpuRecord) -> bool:
+    """Take back a step's #DB that the guest would get at its next entry; whether there was one.
+
+    The instruction has been executed then: a kick has come just before the #DB was delivered.
+    """
+    if injection.queued(vcpu) != x86.VECTOR_DB:
+        return False
+    injection.forget(vcpu)
+    _forget_single_step(vcpu)
+    return True
 
 
 def _forget_single_step(vcpu: VcpuRecord) -> None:

@@ -20,12 +20,11 @@ from collections.abc import Iterator
 
 from pyvmm import x86
 from pyvmm.emulate import CannotComplete, Cpu, load_descriptor
-from pyvmm.kvm import kvm_regs
+from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import NamedTuple
 from pyvmm.memory import GuestMemory, Unchanged, VirtualMemory
-from pyvmm.x86 import CpuMode
+from pyvmm.x86 import HLT, CpuMode
 
-HLT, INT3 = 0xF4, 0xCC
 _EXCEPTIONS = 32
 _MAX_INSTRUCTION = 15  # bytes
 _SMALLEST_ENTRY = 4  # bytes of one vector in an IVT; IDTs have more
@@ -124,20 +123,20 @@ class StepTraps:
         gva -= self.length
         return gva in self._gvas or (self._lent is not None and gva == self._lent[2].gva)
 
-    def hit(self, cpu: Cpu, start_rip: int) -> list[int]:
-        """The vectors in whose planted trap a vCPU is that just left; none if it is in none.
+    def hit(self, cpu: Cpu, start_rip: int, *, db_delivered: bool) -> bool:
+        """Whether a vCPU that just left the guest is in a planted trap.
 
-        The frame on the stack says that the instruction at `start_rip` was interrupted (which tells
-        a fault from a jump into the handler).
+        Either the step's own #DB was delivered to the guest (`db_delivered`); or the frame on the
+        stack says that the instruction at `start_rip` was interrupted, which tells a fault from a
+        jump to behind the handler's first byte.
         """
         gva = x86.linear_address(cpu.sregs.cs.base, cpu.regs.rip - self.length, cpu.mode)
         traps = self._handlers if self._lent is None else [*self._handlers, self._lent[2]]
         vectors = [h.vector for h in traps if h.gva == gva and h.gpa in self._planted]
-        if vectors:
-            saved_rips = frame(cpu)[:2]  # the first is an error code for some vectors
-            if not any(0 <= rip - start_rip <= _MAX_INSTRUCTION for rip in saved_rips):
-                return []
-        return vectors
+        if db_delivered and x86.VECTOR_DB in vectors:
+            return True  # and the frame names the next instruction, wherever that is
+        saved_rips = frame(cpu)[:2] if vectors else []  # one may be an error code
+        return any(0 <= rip - start_rip <= _MAX_INSTRUCTION for rip in saved_rips)
 
     def _find_traps(self, cpu: Cpu) -> list[_Trap]:
         """Traps for the handlers that the IDT names now.
@@ -270,25 +269,29 @@ def undo_fault(cpu: Cpu) -> bool:
     return True
 
 
-def leave_handler_frame(cpu: Cpu, vectors: list[int], before: kvm_regs) -> None:
-    """Make a stop at a handler's first instruction look like a step that ended where it should.
+def undo_step_delivery(cpu: Cpu, before: kvm_sregs) -> bool:
+    """Go back from the #DB handler, to which the host has delivered a step at CPL 3, as iret does.
 
-    TF goes out of the saved flags, unless it was the guest's own.  If it is the handler of #DB and
-    was entered from CPL 3, then this host has delivered the step itself to the guest, and the frame
-    is undone as `iret` would.
+    False, with nothing changed, if that led from segments to others that are not in the GDT.
     """
-    size = _word_size(cpu)
-    values = frame(cpu)
-    own_tf = before.rflags & x86.RFLAGS_TF
-    if x86.VECTOR_DB in vectors and size != 2 and values[1] & 3 == 3:
-        rip, cs, rflags, rsp, ss = values[:5]
-        cpu.sregs.cs, cpu.sregs.ss = load_descriptor(cpu, cs), load_descriptor(cpu, ss)
-        cpu.regs.rip, cpu.regs.rsp = rip, rsp
-        cpu.regs.rflags = rflags & ~x86.RFLAGS_TF | own_tf
-        return
+    rip, cs, rflags, rsp, ss = frame(cpu)[:5]
+    try:
+        code = before.cs if cs == before.cs.selector else load_descriptor(cpu, cs)
+        stack = before.ss if ss == before.ss.selector else load_descriptor(cpu, ss)
+    except CannotComplete:
+        return False
+    cpu.sregs.cs, cpu.sregs.ss = code, stack
+    cpu.regs.rip, cpu.regs.rsp = rip, rsp
+    cpu.regs.rflags = rflags & ~x86.RFLAGS_TF
+    return True
+
+
+def clear_saved_tf(cpu: Cpu, before: kvm_regs) -> None:
+    """At the first instruction of a handler: take TF out of the flags that the exception saved."""
+    size, values = _word_size(cpu), frame(cpu)
     error_code = int(values[0] != before.rip and values[1] == before.rip)
-    stack = x86.linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
     saved = values[error_code + 2]
-    if saved & x86.RFLAGS_TF and not own_tf:
+    if saved & x86.RFLAGS_TF:
+        stack = x86.linear_address(cpu.sregs.ss.base, cpu.regs.rsp, cpu.mode)
         cleared = (saved & ~x86.RFLAGS_TF).to_bytes(size, "little")
         cpu.write(stack + (error_code + 2) * size, cleared)

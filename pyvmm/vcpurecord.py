@@ -1,7 +1,7 @@
 """What the hypervisor layer keeps for each vCPU, and the words it is asked with.
 
-The lock discipline is the one of hypervisor.py: fields in the first group of VcpuRecord are guarded
-by VM._lock, those in the second belong to the thread that runs the vCPU.
+The lock discipline is the one of debuggedset.py: fields in the first group of VcpuRecord are
+guarded by VM._lock, those in the second belong to the thread that runs the vCPU.
 """
 
 from __future__ import annotations
@@ -33,14 +33,6 @@ class Capability(Enum):
     HLT_EXIT = "hlt leaves the guest"
 
     __hash__ = object.__hash__  # Enum's own, of the name, is slow, and these are asked for often
-
-
-class Injection(Enum):
-    """What the host adds to RIP when a #BP is injected, to make the saved RIP."""
-
-    NOTHING = "saves RIP as it is"
-    EXIT_LENGTH = "adds the length of the last int3 that left the guest"
-    UNRELIABLE = "something else: pyvmm delivers the #BP itself"
 
 
 class HardwareBreakpoint(NamedTuple):
@@ -100,7 +92,6 @@ class VcpuRecord:
         self.control = 0  # the KVM_GUESTDBG_* flags that KVM has now
         self.entry_inst_length = 0  # Register.GUEST_ENTRY_INST_LENGTH
         self.startup_awaited = False  # nobody has seen yet that it has got its start-up IPI
-        self.last_bpt_length = 0  # what Intel's KVM will add when a #BP is injected
 
     @property
     def io_in_flight(self) -> bool:
@@ -124,6 +115,11 @@ class VcpuRecord:
         )
         self.stepping = Capability.MTRAP_EXIT in self.wanted
         self.attention = self.interrupted or self.stepping
+
+    def execute_hits(self, gva: int) -> int:
+        """DR6's bits for the hardware breakpoints on the instruction at `gva`."""
+        numbered = enumerate(self.breakpoints)
+        return sum(1 << n for n, b in numbered if (b.kind, b.gva) == (EXECUTE, gva))
 
     def set_guest_debug(self, *, step: bool = False, int3: bool = False) -> None:
         """Tell KVM which traps are wanted now (KVM_SET_GUEST_DEBUG).  On the vCPU's own thread.

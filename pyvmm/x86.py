@@ -32,6 +32,9 @@ RFLAGS_NT = 1 << 14
 RFLAGS_RF = 1 << 16  # no instruction breakpoint on the next instruction
 RFLAGS_VM = 1 << 17  # virtual-8086 mode
 
+# The one-byte instructions that leave a guest: what a debugger plants in its code.
+HLT, INT3 = 0xF4, 0xCC
+
 DR6_BS = 1 << 14  # the trap is a single step
 DR6_HITS = 0xF  # bit n: DRn matched
 

@@ -677,6 +677,20 @@ def test_mov_ss_takes_the_register_that_the_instruction_names(code: bytes, regis
     assert f.cpu.regs.rip == CODE + len(code)
 
 
+def test_pop_ss_takes_a_word_with_the_old_stack_segment() -> None:
+    f = Fixture(REAL)
+    f.regs.rsp = 0xFFFE
+    f.memory.put((f.cpu.sregs.ss.base + 0xFFFE), b"\x34\x12")
+    assert f.run(b"\x17")
+    assert (f.cpu.sregs.ss.selector, f.cpu.sregs.ss.base) == (0x1234, 0x12340)
+    assert (f.cpu.regs.rip, f.cpu.regs.rsp) == (0x101, 0)
+    assert f.shadows == [emulate.SHADOW_MOV_SS]
+
+
+def test_there_is_no_pop_ss_in_64_bit_mode() -> None:
+    assert left_alone(Fixture(LONG), b"\x17")
+
+
 @pytest.mark.parametrize(
     ("code", "selector"),
     [

@@ -14,9 +14,8 @@ import pytest
 
 from pyvmm import Machine, StopReason, hostprobe, kvm
 from pyvmm.boot import Image, Mode, Segment, read_image
-from pyvmm.hostprobe import FINDINGS, HostProbe, host
+from pyvmm.hostprobe import FINDINGS, HostProbe, Injection, host
 from pyvmm.lab import Lab, LabMode
-from pyvmm.vcpurecord import Injection
 from pyvmm.x86 import VECTOR_BP
 from tests.conftest import REPOSITORY
 from tests.support import PATIENCE, requires

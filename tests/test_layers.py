@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "pyvmm"
 LAYERS = (
     {"errors", "version", "kvm", "rsp", "bus", "exits"},
     {"handles", "memory", "x86", "paging", "coalesced", "registers"},
-    {"debuggedset", "hypervisor", "devices", "boot", "stub"},
+    {"debuggedset", "vcpuaccess", "hypervisor", "devices", "boot", "stub"},
     {"vcpu"},
     {"machine"},
     {"debug"},
@@ -31,8 +31,9 @@ LAZY = {
     ("memory", "paging"),
     ("hypervisor", "hostprobe"),
     ("hypervisor", "reset"),
-    ("hypervisor", "cpucopy"),
+    ("vcpuaccess", "cpucopy"),
     ("hypervisor", "injection"),
+    ("vcpuaccess", "injection"),
     ("hypervisor", "stepping"),
     ("cpucopy", "completions"),
     ("machine", "boot.tables"),
@@ -179,7 +180,7 @@ def test_ctypes_is_used_only_where_the_kernel_s_or_the_guest_s_bytes_are() -> No
 
 
 def test_only_the_debug_server_knows_sockets() -> None:
-    assert users_of("socket") <= {"debug"}
+    assert users_of("socket") <= {"debug", "connection"}
 
 
 def test_ioctls_go_through_the_one_door() -> None:

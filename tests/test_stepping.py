@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from pyvmm import exits, kvm, x86
-from pyvmm.hypervisor import Capability, Register
+from pyvmm.cpustate import Register
 from pyvmm.lab import (
     CODE,
     DATA,
@@ -22,7 +22,7 @@ from pyvmm.lab import (
     STACK,
     LabMode,
 )
-from pyvmm.vcpurecord import Guard
+from pyvmm.vcpurecord import Capability, Guard
 from tests.support import MMIO_GVA, Bench, cycles, requires
 
 pytestmark = pytest.mark.kvm
@@ -52,7 +52,10 @@ LONG_USER = (LabMode.LONG, LabMode.USER)
 CASES = {
     "nop": Case(b"\x90", 1),
     "jump to itself": Case(b"\xeb\xfe", 0),
+    "jump back": Case(b"\xeb\xf0", -14, modes=(*LONG_USER, LabMode.PROTECTED)),
+    "jump far away": Case(b"\xe9\x00\x10\0\0", 0x1005, modes=LONG_USER),
     "call": Case(b"\xe8\x02\x00\x00\x00", 7, modes=LONG_USER),
+    "call far away": Case(b"\xe8\x00\x10\0\0", 0x1005, modes=LONG_USER),
     "in": Case(b"\xe4\x10", 2, modes=KERNEL),
     "out": Case(b"\xe6\x10", 2, modes=KERNEL),
     "rep outsb, one left": Case(b"\xf3\x6e", 2, modes=LONG),
@@ -69,6 +72,7 @@ CASES = {
     "rdmsr": Case(b"\x0f\x32", 2, modes=LONG),
     "iretq": Case(b"\x48\xcf", 3, modes=LONG),
     "syscall": Case(b"\x0f\x05", 0x40, modes=LONG),
+    "sysret": Case(b"\x48\x0f\x07", -CODE, modes=LONG),  # to RCX, which is 0
     "int3 of the guest's": Case(b"\xcc", 0, vector=3),
     "int3 with a prefix": Case(b"\x66\xcc", 0, vector=3),
     "int n": Case(b"\xcd\x05", 0, vector=5),
@@ -227,6 +231,76 @@ def test_a_vcpu_that_faults_while_another_steps_still_reaches_its_handler() -> N
             assert bench.vm.get_register(0, Register.RIP) == 0x40001 + n
         bench.wait_runs(1)
         assert bench.memory.read(0x30000, len(handler)) == handler
+
+
+@pytest.mark.parametrize("mode", LONG_USER)
+@pytest.mark.parametrize("code", ["ud2", "page fault"])
+def test_a_step_into_a_handler_that_all_exceptions_share(mode: LabMode, code: str) -> None:
+    """Also that of #DB, with which some hosts tell of a step in ring 3."""
+    for nops in (2, 3):  # RIP & 3, in the place of CS where there is no error code
+        with prepared(NOPS[:nops] + CASES[code].code, mode) as bench:
+            handler = HANDLERS + 0x800
+            bench.write(handler, NOPS)
+            gate = struct.pack("<HHHHQ", handler & 0xFFFF, KERNEL_CODE, 0xEE00, handler >> 16, 0)
+            bench.write(IDT, gate * 32)
+            for _ in range(nops):
+                assert step(bench) == exits.Mtrap()
+            assert step(bench) == exits.Mtrap()
+            assert bench.vm.get_register(0, Register.RIP) == handler
+            assert not saved_flags(bench, CASES[code].vector or 0) & x86.RFLAGS_TF
+
+
+@pytest.mark.parametrize("irqchip", [False, True])
+def test_a_step_over_a_call_of_an_exception_handler_is_no_exception(irqchip: bool) -> None:
+    """The traps are int3 with an irqchip; the step ends at one without executing it."""
+    requires("step")
+    if irqchip:
+        requires("irqchip")
+    handler, words = 0x30000, struct.pack("<4Q", *[0xFFFF] * 4)
+    call = b"\xe8" + (handler - CODE - 5).to_bytes(4, "little")
+    with Bench(call, irqchip=irqchip) as bench:
+        bench.activate()
+        bench.write(handler, NOPS)
+        gate = struct.pack("<HHHHQ", handler & 0xFFFF, KERNEL_CODE, 0x8E00, handler >> 16, 0)
+        bench.write(IDT + 16 * x86.VECTOR_UD, gate)
+        top = STACK - 0x40
+        bench.vm.set_register(0, Register.RSP, top)
+        bench.write(top, words)
+        bench.vm.set_capability(0, Capability.MTRAP_EXIT, True)
+        assert step(bench) == exits.Mtrap()
+        assert bench.vm.get_register(0, Register.RIP) == handler
+        assert bench.memory.read(top, len(words)) == words, "taken for an exception's frame"
+
+
+def test_a_step_at_a_handler_while_another_vcpu_steps() -> None:
+    """It must not execute the other one's trap instead of the guest's instruction."""
+    requires("step")
+    handler = b"\xb8\x01\0\0\0"  # mov eax, 1
+    with Bench(b"\x90\x90\x90\xeb\xfb", cpus=2) as bench:
+        bench.write(0x30000, handler + NOPS)
+        gate = struct.pack("<HHHHQ", 0x0000, KERNEL_CODE, 0x8E00, 0x0003, 0)
+        bench.write(IDT + 16 * x86.VECTOR_UD, gate)
+        vm, ends = bench.vm, threading.Event()
+
+        def step_for_ever() -> None:
+            vm.activate_cpu(1)
+            vm.set_capability(1, Capability.MTRAP_EXIT, True)
+            while not ends.is_set():
+                vm.run(1)
+            vm.deactivate_cpu(1)
+
+        other = threading.Thread(target=step_for_ever)
+        other.start()
+        try:
+            bench.activate()
+            vm.set_capability(0, Capability.MTRAP_EXIT, True)
+            for _ in range(cycles(500)):
+                vm.set_register(0, Register.RIP, 0x30000)
+                assert step(bench) == exits.Mtrap()
+                assert vm.get_register(0, Register.RIP) == 0x30000 + len(handler)
+        finally:
+            ends.set()
+            other.join(30)
 
 
 def test_a_handler_that_the_guest_has_mapped_elsewhere_is_found_there() -> None:
