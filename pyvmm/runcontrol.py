@@ -23,6 +23,8 @@ and the VM's:
   an instruction.  So vCPUs that hit at the same moment are reported one after the other.  (A
   *finished step* is discarded instead when its vCPU is resumed: the resume says anew what the
   vCPU shall do.)
+- The vCPU that was reported least recently is reported, and woken, first.  Where CPUs are few, the
+  one woken first may stop the VM before the others have run: it must not always be the same one.
 - A breakpoint event is discarded if the breakpoint is gone by then: the guest's own instruction is
   back in memory and is simply executed.
 - Every stop disarms all steps.  Detaching also takes out all breakpoints.
@@ -33,7 +35,7 @@ and the VM's:
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from pyvmm import exits, kvm, vcpu, x86
@@ -67,6 +69,11 @@ def _always() -> bool:
     return True
 
 
+def crash_signal(exit: exits.Exit | None) -> int:
+    """What a debugger is told that has killed the guest."""
+    return SIGSEGV if isinstance(exit, exits.Shutdown) else SIGABRT
+
+
 class VcpuState:
     """What run control knows of one vCPU."""
 
@@ -75,6 +82,7 @@ class VcpuState:
         self.owed: StopReport | None = None  # an event that is not reported yet
         self.stepped = False  # the owed event is a finished step, and nothing more
         self.still_valid: Callable[[], bool] = _always  # asked before it is reported
+        self.reported = 0  # the number of the stop that named it last
 
 
 class RunControl:
@@ -92,8 +100,11 @@ class RunControl:
         self._lock = threading.Lock()
         self._attached = False
         self._stop: StopReport | None = None  # claimed: the VM is stopping or stopped
+        self._stops = 0  # how many have been claimed
         self._running: frozenset[int] = frozenset()  # whom the debugger resumed last; none: all
         self._newcomers_run = True
+        self._resets = 0
+        self._may_run = False  # between let_run() and keep_still()
         self._states: dict[int, VcpuState] = {}
 
     def handlers(self) -> dict[type, Handler]:
@@ -129,8 +140,14 @@ class RunControl:
         only those.
         """
         with self._lock:
+            self._may_run = True
             if self._stop is None:
                 self._resume(self._running or self.vm.active_cpus(), self._newcomers_run)
+
+    def keep_still(self) -> None:
+        """A limit has stopped the machine: whoever is resumed from now on runs after let_run()."""
+        with self._lock:
+            self._may_run = False
 
     def attach(self) -> None:
         """A debugger is there: stop the VM for it, if it runs."""
@@ -139,12 +156,14 @@ class RunControl:
             if self._stop is None:
                 self._claim(StopReport(self._first_vcpu()))
 
-    def interrupt(self) -> None:
-        """Stop the VM and report SIGINT; does nothing if it is stopped."""
+    def interrupt(self) -> bool:
+        """Stop the VM and report SIGINT; False if it stops, or has stopped, for another reason."""
         with self._lock:
             self._attached = True
             if self._stop is None:
                 self._claim(StopReport(self._first_vcpu(), SIGINT))
+                return True
+            return self._stop.signal == SIGINT
 
     def _first_vcpu(self) -> int:
         """Whom to name for a stop that is nobody's event: one of those that run."""
@@ -156,8 +175,12 @@ class RunControl:
         return self.vm.wait_parked(self.vm.vcpu_ids(), timeout)
 
     def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
-        """Let the vCPUs in `actions` run; the others stay parked.  Raises VmError (ENOTSUP)."""
+        """Let the vCPUs in `actions` run; the others stay parked.
+
+        Raises VmError, with nothing done: ENOTSUP, or EBUSY while the machine is being reset.
+        """
         with self._lock:
+            self.breakpoints.prepare_to_run(min(actions))
             for vcpu_id, action in actions.items():
                 stepping = action.kind is not ActionKind.CONTINUE
                 self.vm.set_capability(vcpu_id, Capability.MTRAP_EXIT, stepping)
@@ -168,19 +191,28 @@ class RunControl:
                 state.stepping = None if action.kind is ActionKind.CONTINUE else action
                 if state.stepped:
                     state.owed = None  # superseded by this action
-            self._stop = None
-            for vcpu_id in actions:
-                self._try_to_report(vcpu_id)
+            stop, self._stop = self._stop, None
+            try:
+                for vcpu_id in self._in_turn(actions):
+                    self._try_to_report(vcpu_id)
+            except OSError:
+                self._stop = stop
+                raise
             if self._stop is not None:
                 return  # an event was waiting: nobody runs before it is reported
-            self.breakpoints.guard_user_mode(min(actions))
             self._running, self._newcomers_run = frozenset(actions), newcomers_run
             self._resume(self._running, newcomers_run)
 
     def _resume(self, vcpu_ids: frozenset[int], newcomers_run: bool) -> None:
+        if not self._may_run:
+            return
         self.vm.hold_newcomers(not newcomers_run)
-        for vcpu_id in vcpu_ids & self.vm.debug_cpus():
+        for vcpu_id in self._in_turn(vcpu_ids & self.vm.debug_cpus()):
             self.vm.resume_cpu(vcpu_id)
+
+    def _in_turn(self, vcpu_ids: Iterable[int]) -> list[int]:
+        """The vCPU that was reported least recently comes first."""
+        return sorted(vcpu_ids, key=lambda vcpu_id: self._state(vcpu_id).reported)
 
     def detach(self) -> None:
         """Make the guest as if no debugger had ever been there, and let it run.
@@ -196,7 +228,8 @@ class RunControl:
             self.breakpoints.catch_int3 = self.catch_int3
             self._running, self._newcomers_run = frozenset(), True
             self._stop = None
-            self.vm.resume_cpu(ALL)
+            if self._may_run:
+                self.vm.resume_cpu(ALL)
 
     def after_reset(self) -> None:
         """The machine was reset, and its image loaded again: keep the breakpoints in it.
@@ -204,6 +237,7 @@ class RunControl:
         All vCPUs are held.  Events from before are of a guest that is gone.
         """
         with self._lock:
+            self._resets += 1
             for state in self._states.values():
                 state.owed = None
             self.breakpoints.plant_again()
@@ -212,6 +246,8 @@ class RunControl:
 
     def _claim(self, report: StopReport) -> None:
         self._stop = report
+        self._stops += 1
+        self._state(report.vcpu_id).reported = self._stops
         self.vm.suspend_cpu(ALL)
         self._disarm_steps()
 
@@ -230,13 +266,16 @@ class RunControl:
 
     # --- for the vCPUs' threads ------------------------------------------------------------------
 
-    def _try_to_report(self, vcpu_id: int) -> None:
-        """Claim the stop for the event that a vCPU owes, or discard the event (with _lock held)."""
+    def _try_to_report(self, vcpu_id: int, *, waited: bool = True) -> None:
+        """Claim the stop for the event that a vCPU owes, or discard the event (with _lock held).
+
+        One that has not had to wait is as valid as when it came: nobody could change anything.
+        """
         state = self._state(vcpu_id)
         report = state.owed
         if report is None:
             return
-        if not self._attached or not state.still_valid():
+        if not self._attached or (waited and not state.still_valid()):
             state.owed = None
         elif self._stop is None:
             state.owed = None
@@ -253,19 +292,20 @@ class RunControl:
         """Stop the VM for an event of this vCPU; returns when it runs again.
 
         Another vCPU may own the stop: then wait, and try again when resumed.  `still_valid` is
-        asked before each try, by whoever resumes or by us; when it says no the event is discarded.
+        asked before each further try, by whoever resumes or by us; when it says no the event is
+        discarded.
         """
         with self._lock:
             state = self._state(cpu.vcpu_id)
             state.owed, state.still_valid, state.stepped = report, still_valid, stepped
+            self._try_to_report(cpu.vcpu_id, waited=False)
         while True:
-            with self._lock:
-                self._try_to_report(cpu.vcpu_id)
             if cpu.vcpu_id in self.vm.debug_cpus():
                 self.vm.sleep(cpu.vcpu_id)
             with self._lock:
                 if state.owed is None or self.vm.ended:
                     return
+                self._try_to_report(cpu.vcpu_id)
 
     def _on_bpt(self, cpu: VcpuThread, exit: exits.Bpt) -> None:
         """An int3, or our hlt.  Either it is a breakpoint, or it is the guest's own."""
@@ -281,7 +321,11 @@ class RunControl:
         if not self._int3_at_rip(vcpu_id):
             return  # ours, and removed since: the guest's instruction is back and is executed
         if self.breakpoints.catch_int3:
-            self._report(cpu, StopReport(vcpu_id, SIGTRAP))
+            self._report(
+                cpu,
+                StopReport(vcpu_id, SIGTRAP),
+                lambda: self._pc(vcpu_id) == gva and self.breakpoints.catch_int3,
+            )
             if self.vm.ended or self._pc(vcpu_id) != gva or not self._int3_at_rip(vcpu_id):
                 return  # the debugger went somewhere else
         self._pass_to_guest(cpu, exit.inst_length)
@@ -291,13 +335,16 @@ class RunControl:
         vcpu_id = cpu.vcpu_id
         stepping = self.vm.get_capability(vcpu_id, Capability.MTRAP_EXIT)
         if stepping and self.vm.execute_in_software(vcpu_id):
-            self._on_mtrap(cpu, exits.Mtrap())
+            self._step_done(cpu)
             return
         self.vm.set_register(vcpu_id, Register.GUEST_ENTRY_INST_LENGTH, inst_length)
         self.vm.inject_exception(vcpu_id, x86.VECTOR_BP)
 
     def _on_mtrap(self, cpu: VcpuThread, exit: exits.Mtrap) -> None:
-        """A step is done: report it, unless it is one of a range and still inside."""
+        self._step_done(cpu)
+
+    def _step_done(self, cpu: VcpuThread) -> None:
+        """Report it, unless it is one of a range and still inside."""
         vcpu_id = cpu.vcpu_id
         action = self._stepping(vcpu_id)
         if action is None:  # called off while it was under way
@@ -328,16 +375,19 @@ class RunControl:
         hits = [w for w in hits if not self.breakpoints.only_written(vcpu_id, w)]
         if not hits:
             if stepped:
-                self._on_mtrap(cpu, exits.Mtrap())
+                self._step_done(cpu)
             return
         if stepped:
             self._end_step(vcpu_id)
         watch = hits[0]
         report = StopReport(vcpu_id, SIGTRAP, _WATCH_STOPS[watch.kind], watch.gva)
-        is_code = watch.kind is BreakpointKind.HARDWARE
-        # Data was touched, whatever becomes of the watchpoint; code would be executed again.
+        if watch.kind is not BreakpointKind.HARDWARE:
+            self._report(cpu, report)  # data was touched, whatever becomes of the watchpoint
+            return
         self._report(
-            cpu, report, (lambda: watch in self.breakpoints.watches) if is_code else _always
+            cpu,
+            report,
+            lambda: self._pc(vcpu_id) == watch.gva and watch in self.breakpoints.watches,
         )
 
     def _guests_own_db(self, vcpu_id: int, dr6: int) -> None:
@@ -350,12 +400,13 @@ class RunControl:
             self.vm.inject_exception(vcpu_id, x86.VECTOR_DB)
 
     def _on_crash(self, cpu: VcpuThread, exit: exits.Exit) -> None:
-        """The guest cannot go on: let the debugger look at it before the VM ends."""
+        """The guest cannot go on: let the debugger look at it, and reset it, before the VM ends."""
         stop = cpu.machine.crash(cpu.vcpu_id, exit)
-        signal = SIGSEGV if isinstance(exit, exits.Shutdown) else SIGABRT
         why = f"{stop.message}\n{stop.report}\n"
-        self._report(cpu, StopReport(cpu.vcpu_id, signal, message=why))
-        raise StopVm(stop)
+        resets = self._resets
+        self._report(cpu, StopReport(cpu.vcpu_id, crash_signal(exit), message=why))
+        if self._resets == resets:
+            raise StopVm(stop)
 
     def _pc(self, vcpu_id: int) -> int:
         """CS base + RIP, as a GVA."""
