@@ -4,8 +4,8 @@
     machine.run()               # waits until a debugger continues the guest
 
 One thread, `gdb`, waits for whatever comes first: a debugger that connects, bytes from it, or the
-wake-up of the vCPU that completes a stop.  It never waits for a debugger that does not read: what
-cannot be sent at once is kept, and reading pauses until it is gone.
+wake-up of the vCPU that completes a stop.  It never waits for a debugger that does not read
+(connection.py), nor, but for some seconds when one comes or goes, for a vCPU that does not stop.
 
     no debugger --connect--> connected --bytes--> packets --> Stub --> MachineTarget --> RunControl
          ^                       |  <--stop reply-- (all vCPUs parked) <-- a vCPU's event
@@ -22,31 +22,40 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from pyvmm import threads
+from pyvmm.connection import CHUNK, Connection, StdioSocket
 from pyvmm.debugtarget import MachineTarget
 from pyvmm.light import TYPE_CHECKING, NamedTuple
-from pyvmm.rsp import Event, Link, encode
-from pyvmm.runcontrol import RunControl
+from pyvmm.rsp import encode
+from pyvmm.runcontrol import RunControl, crash_signal
 from pyvmm.session import Phase
 from pyvmm.stop import Stop, StopReason
-from pyvmm.stub import Stub, console_output
-from pyvmm.target import SIGABRT, SIGSEGV, StopKind, StopReport
+from pyvmm.target import StopKind, StopReport
 
 if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
 DEFAULT_HOST = "127.0.0.1"
 
-# Bytes to receive at a time.  For a buffer of 128 KiB or more malloc() would map and unmap pages at
-# each packet, which takes longer than to answer a small one.
-_CHUNK = 1 << 14
 _STOP_SECONDS = 5.0  # how long a stop may take before the user is told which vCPU is late
 _JOIN_SECONDS = 15.0
+_NO_DESCRIPTOR_SECONDS = 0.2  # until the next try to accept a connection when none is free
 _IN = select.POLLIN
 _MAX_REFUSED = 8  # connections that may wait to be refused
+_TCP_OPTIONS = (
+    # Without it each small reply waits for the acknowledgement of the one before.
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    # A debugger's host that has vanished must not keep the guest stopped, and others out, for ever:
+    # after 30 silent seconds it is asked for a sign of life, three times, every 10 seconds.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 
 
 class Address(NamedTuple):
@@ -66,9 +75,10 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-    """`PORT`, `HOST:PORT`, `unix:PATH` or `stdio`.  Raises ValueError saying what to write."""
+    """`[tcp:][HOST:]PORT`, `unix:PATH` or `stdio`.  Raises ValueError saying what to write."""
     if text == "stdio":
         return Address()
+    text = text.removeprefix("tcp:")  # as QEMU writes it
     if text.startswith("unix:"):
         path = text.removeprefix("unix:")
         if not path or "\0" in path or len(os.fsencode(path)) > 107:
@@ -108,6 +118,7 @@ class DebugServer:
         self._final: StopReport | None = None  # how the VM ended
         self._patience: float | None = None  # ms to wait: a stop that was claimed may get stuck
         self._kill_wanted = False
+        self._told: StopReport | None = None  # the stop of which the user knows that it is late
         try:
             if str(address) != "stdio":
                 self._listener = _listen(address)
@@ -145,18 +156,22 @@ class DebugServer:
                 if not self.machine.vm.host.breakpoint:
                     print("gdb: on this host an int3 does not leave the guest", file=sys.stderr)
             if self._address == Address():
-                self._connect(_StdioSocket())
+                self._connect(StdioSocket())
             threads.start(self._thread)
 
     def let_run(self) -> None:
         """Resume what may run when machine.run() begins or goes on after a limit."""
         self.run_control.let_run()
 
+    def keep_still(self) -> None:
+        """machine.run() returns at a limit: nobody may run until let_run()."""
+        self.run_control.keep_still()
+
     def finish(self, status: int) -> None:
         """The VM is over, with this exit status: tell the debugger and stop serving."""
         stop = self.machine.ended
         if stop is not None and stop.reason is StopReason.CRASHED:
-            self._final = StopReport(0, _crash_signal(stop), StopKind.SIGNALLED)
+            self._final = StopReport(0, crash_signal(stop.exit), StopKind.SIGNALLED)
         else:
             self._final = StopReport(0, kind=StopKind.EXITED, status=status)
         self.close()
@@ -195,10 +210,13 @@ class DebugServer:
     def _serve(self) -> None:
         try:
             while not self._finished.is_set():
-                for fd, _ in self._poll.poll(self._patience):
+                ready = self._poll.poll(self._patience)
+                for fd, _ in ready:
                     if fd in self._actions:  # else dropped by an event of the same round
                         self._actions[fd]()
-                self._after_events()
+                self._report_stop(waited=not ready)
+                if self._kill_wanted:
+                    self._end_the_vm()
             self._say_goodbye()
         except Exception as error:  # a bug in the debugger must not hide, nor stop the guest
             self.machine.fail(error)
@@ -215,34 +233,30 @@ class DebugServer:
     def _on_wake(self) -> None:
         os.eventfd_read(self._wake)
 
-    def _after_events(self) -> None:
-        """What any event may have made possible: a stop to report, an end to act on."""
+    def _report_stop(self, waited: bool) -> None:
+        """Tell the debugger of a stop that is complete; or the user, if we have waited long."""
         connection = self._connection
         self._patience = None
-        if connection is not None and connection.stub.owes_reply:
-            self._patience = _STOP_SECONDS * 1000
-            report = self.run_control.stop
-            if report is not None and self._stop_is_complete():
-                if report.message:
-                    connection.send_reply(console_output(report.message))
-                connection.send_reply(connection.stub.stop_reply(report))
-                self._send(connection)
-        if self._kill_wanted and (connection is None or connection.flush()):
+        if connection is None or not connection.stub.owes_reply or self.machine.vm.ended:
+            return
+        self._patience = _STOP_SECONDS * 1000  # nobody wakes us for a stop that is never complete
+        report = self.run_control.stop
+        if report is None:
+            return
+        late = self.run_control.wait_stopped(0)
+        if not late:
+            connection.send_stop(report)
+            self._send(connection)
+            self._patience = None
+        elif waited and report is not self._told:
+            self._told = report
+            _tell_of(late)
+
+    def _end_the_vm(self) -> None:
+        """The debugger wanted it; as soon as its reply is sent."""
+        if self._connection is None or self._connection.flush():
             self._kill_wanted = False
             self.machine.stop(Stop(StopReason.KILLED, "the debugger ended the VM"))
-
-    def _stop_is_complete(self) -> bool:
-        """Wait for the vCPUs to park; tell the user of one that does not."""
-        told = False
-        while not self._finished.is_set() and not self.machine.vm.ended:
-            late = self.run_control.wait_stopped(_STOP_SECONDS)
-            if not late:
-                return True
-            if not told:
-                names = ", ".join(f"vcpu-{n}" for n in sorted(late))
-                print(f"gdb: {names} does not stop (does the console block?)", file=sys.stderr)
-                told = True
-        return not self.machine.vm.ended
 
     def _kill(self) -> None:
         self._kill_wanted = True
@@ -251,8 +265,10 @@ class DebugServer:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # gone again
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # it will be there at once again
+                time.sleep(_NO_DESCRIPTOR_SECONDS)
+            return  # or it has gone again
         # Its predecessor may have gone just before, and the news be still unread.
         while self._connection is not None and self._on_bytes():
             pass
@@ -261,8 +277,8 @@ class DebugServer:
             self._refuse(sock)
             return
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            # Without it each small reply waits for the acknowledgement of the one before.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for level, option, value in _TCP_OPTIONS:
+                sock.setsockopt(level, option, value)
         self._connect(sock)
 
     def _refuse(self, sock: socket.socket) -> None:
@@ -275,25 +291,35 @@ class DebugServer:
             self._unwatch(sock.fileno())
             self._refused.remove(sock)
             with sock, suppress(OSError):
-                if sock.recv(_CHUNK):
+                if sock.recv(CHUNK):
                     sock.send(b"+" + encode(b"E.another debugger is attached: one at a time"))
 
         sock.setblocking(False)
         self._refused.append(sock)
         self._watch(sock.fileno(), answer)
 
-    def _connect(self, sock: socket.socket | _StdioSocket) -> None:
+    def _connect(self, sock: socket.socket | StdioSocket) -> None:
         self.run_control.attach()
-        self._stop_is_complete()
+        late = self.run_control.wait_stopped(_STOP_SECONDS)
+        if late or self.machine.vm.ended:
+            if not self.machine.vm.ended:
+                _tell_of(late)
+                self.run_control.detach()
+            sock.close()
+            return
         self._connection = Connection(sock, self.target)
         self._watch(self._connection.waits_for, self._on_bytes)
 
     def _on_bytes(self) -> bool:
         """Deal with what the debugger has sent; False when it was nothing."""
         connection = self._connection
-        # None: dropped by an event of the same round.
-        if connection is None or (connection.unsent and not connection.flush()):
+        if connection is None:  # dropped by an event of the same round
             return False
+        if connection.blocked:
+            # What is ready is the output. Whether there is input is for poll() to say: stdin waits
+            # in read() until there is.
+            self._send(connection)
+            return not connection.blocked
         data = connection.receive()
         if data is not None:
             connection.handle(data)
@@ -331,115 +357,13 @@ class DebugServer:
         if connection is None or self._final is None:
             return
         if connection.stub.owes_reply:
-            connection.send_reply(connection.stub.stop_reply(self._final))
+            connection.send_stop(self._final)
         connection.flush()
 
 
-class Connection:
-    """One debugger: its socket, link and stub."""
-
-    def __init__(self, sock: socket.socket | _StdioSocket, target: MachineTarget) -> None:
-        self.socket = sock
-        sock.setblocking(False)
-        self.link, self.stub = Link(), Stub(target)
-        self._target = target
-        self.unsent = b""  # what could not be sent at once
-        self.blocked = False  # the server waits until that can be sent, and reads nothing
-
-    @property
-    def waits_for(self) -> int:
-        """The descriptor that must be ready before anything can be done."""
-        if self.blocked and isinstance(self.socket, _StdioSocket):
-            return self.socket.output
-        return self.socket.fileno()
-
-    def receive(self) -> bytes | None:
-        """What has arrived; None when the debugger has gone."""
-        try:
-            return self.socket.recv(_CHUNK) or None
-        except BlockingIOError:
-            return b""
-        except OSError:
-            return None
-
-    def handle(self, data: bytes) -> None:
-        """Answer what is complete of what has arrived."""
-        previous: bytes | Event | None = None
-        for event in self.link.receive(data):
-            if isinstance(event, bytes):
-                if self.link.acks and event == previous:
-                    continue  # sent again, because we were slow to start: one answer is enough
-                reply = self.stub.handle(event)
-                self.send_reply(reply)
-                if reply is not None and reply[:1] == b"E":
-                    self._refused(event)
-                if self.link.acks:
-                    self.link.acks = not self.stub.no_ack_mode
-            elif event is Event.INTERRUPT:
-                if self.stub.owes_reply:  # else nobody would be told of the stop
-                    self._target.interrupt()
-            else:
-                self.send_reply(self.stub.reject(event.value))
-                self._refused(b"")
-            previous = event
-
-    def _refused(self, payload: bytes) -> None:
-        """A packet was answered with an error: keep the reason for `monitor`."""
-        self._target.last_error = self.stub.last_error
-        if payload[:1] == b"Z":  # gdb before 15 does not show why
-            print(f"gdb: {self.stub.last_error}", file=sys.stderr)
-
-    def send_reply(self, reply: bytes | None) -> None:
-        """Queue a reply, if there is one, for flush()."""
-        if reply is not None:
-            self.link.send(reply)
-
-    def flush(self) -> bool:
-        """Send without waiting; True when nothing is left (or nobody is there to take it)."""
-        data = self.unsent + self.link.take_output()
-        try:
-            while data:
-                data = data[self.socket.send(data) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            data = b""
-        self.unsent = data
-        return not data
-
-
-class _StdioSocket:
-    """stdin and stdout where a socket is expected: `target remote | pyvmm --gdb stdio`.
-
-    Their mode is not ours to change (a parent shares them), so what would block is asked before.
-    """
-
-    def __init__(self) -> None:
-        self._in, self.output = os.dup(0), os.dup(1)
-        self._poll = select.poll()
-        self._poll.register(self.output, select.POLLOUT)
-
-    def fileno(self) -> int:
-        """What is read from."""
-        return self._in
-
-    def setblocking(self, blocking: bool) -> None:
-        """It never blocks."""
-
-    def recv(self, size: int) -> bytes:
-        """See socket.recv."""
-        return os.read(self._in, size)
-
-    def send(self, data: bytes) -> int:
-        """See socket.send."""
-        if not self._poll.poll(0):
-            raise BlockingIOError
-        return os.write(self.output, data[: select.PIPE_BUF])  # so much has room (pipe(7))
-
-    def close(self) -> None:
-        """Give back the descriptors; the originals stay open."""
-        os.close(self._in)
-        os.close(self.output)
+def _tell_of(late: frozenset[int]) -> None:
+    names = ", ".join(f"vcpu-{n}" for n in sorted(late))
+    print(f"gdb: {names} does not stop (does the console block?)", file=sys.stderr)
 
 
 def _listen(address: Address) -> socket.socket:
@@ -451,6 +375,10 @@ def _listen(address: Address) -> socket.socket:
             address.host, address.port, type=socket.SOCK_STREAM
         )[0]
         return _bound(family, target)
+    except UnicodeError:  # from the encoding of names in the DNS: a..b
+        raise OSError(
+            errno.EINVAL, f"cannot listen at {address}: no host can have that name"
+        ) from None
     except OSError as error:
         raise OSError(
             error.errno, f"cannot listen at {address}: {_advice(error, address)}"
@@ -477,7 +405,3 @@ def _advice(error: OSError, address: Address) -> str:
     if address.path:
         return "it exists; choose another, or remove it if nobody listens there"
     return "it is in use; choose another, or port 0 for a free one"
-
-
-def _crash_signal(stop: Stop) -> int:
-    return SIGSEGV if stop.exit is not None and stop.exit.name == "SHUTDOWN" else SIGABRT

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from pyvmm import debugstate, paging, x86
+from pyvmm.boot.image import Mode
 from pyvmm.errors import GuestMemoryError
+from pyvmm.handles import VcpuHandle
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.mappings import MappedRange, mappings
 from pyvmm.memory import VirtualMemory
 from pyvmm.names import Names
-from pyvmm.registers import Architecture, Value, architecture_for
+from pyvmm.registers import Architecture, RegisterFile, Value, architecture_for
 from pyvmm.runcontrol import RunControl
 from pyvmm.symbols import elf_bits
 from pyvmm.target import (
@@ -35,12 +37,16 @@ from pyvmm.vcpurecord import VmError
 if TYPE_CHECKING:
     from pyvmm.machine import Machine
 
-_CODE_BITS = {
+# What a mode says of the kernel: in compatibility mode a 64-bit one runs a 32-bit program.
+_KERNEL_BITS = {
     x86.CpuMode.LONG: 64,
+    x86.CpuMode.COMPAT32: 64,
+    x86.CpuMode.COMPAT16: 64,
     x86.CpuMode.PROTECTED32: 32,
-    x86.CpuMode.COMPAT32: 32,
 }
-_CANONICAL_HALF = 1 << 47
+# Of all 64-bit addresses: a region of 1 << 64 bytes does not fit into gdb's numbers.
+_HALF = 1 << 63
+_PATIENCE_SECONDS = 10.0  # how long a detach waits for the vCPUs to park
 _ALL_PERMISSIONS = paging.Permissions(writable=True, user=True, no_execute=False)
 
 
@@ -84,11 +90,11 @@ class MachineTarget:
         self._symbols = symbols if symbols and elf_bits(symbols) else None
         # By vcpu_id, and good until something changes: see _forget().
         self._views: dict[int, VirtualMemory] = {}
-        self._registers: dict[int, tuple[int, dict[str, Value]]] = {}
+        self._registers: dict[int, tuple[int, RegisterFile]] = {}
         machine.on_reset(self._forget)
         self.names = Names(self.vm, self._symbols, is_linux=machine.image.is_linux)
         machine.on_reset(self.names.forget_kernel)
-        self.last_error = ""  # why the last packet was refused, for `monitor`
+        self.last_error = ""
 
     # --- what it is ---
 
@@ -98,22 +104,31 @@ class MachineTarget:
 
     def describe(self, vcpu_id: int) -> str:
         """See Target."""
-        handle = self.vm.state(vcpu_id)
+        with _errors:
+            handle, state = self.vm.state(vcpu_id), self.vm.run_state(vcpu_id)
         sregs, regs = handle.get(kvm_sregs), handle.get(kvm_regs)
-        state = self.vm.run_state(vcpu_id)
         mode = x86.cpu_mode(sregs, regs.rflags)
         level = "" if mode is x86.CpuMode.REAL else f", CPL {sregs.ss.dpl}"
         return f"{state}{level}, {mode.value}"
 
     def architecture(self) -> Architecture:
         """See Target."""
-        mode = x86.cpu_mode(self.vm.state(self.vm.vcpu_ids()[0]).get(kvm_sregs))
-        image_bits = elf_bits(self._symbols) if self._symbols else None
-        return architecture_for(_CODE_BITS.get(mode, 16), image_bits)
+        mode = x86.cpu_mode(self._first_vcpu().get(kvm_sregs))
+        return architecture_for(_KERNEL_BITS.get(mode, 16), self._image_bits())
+
+    def _image_bits(self) -> int | None:
+        if self._symbols:
+            return elf_bits(self._symbols)
+        image = self.machine.image
+        return 64 if image.is_linux and image.mode is Mode.LONG else None
 
     def has_avx(self) -> bool:
         """See Target."""
-        return debugstate.has_avx(self.vm.state(self.vm.vcpu_ids()[0]))
+        return debugstate.has_avx(self._first_vcpu())
+
+    def _first_vcpu(self) -> VcpuHandle:
+        # Not state(), which refuses a vCPU that a reset holds: what it is can be asked then, too.
+        return self.vm.handle_of(self.vm.vcpu_ids()[0])
 
     def exec_file(self) -> ExecFile | None:
         """See Target."""
@@ -136,22 +151,24 @@ class MachineTarget:
         return self.names.moved_base()
 
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
-        """Where there can ever be memory: RAM, and nothing else, at any virtual address."""
-        if self.architecture() is not Architecture.X86_64:
-            return [(0, 1 << 32)]
-        return [(0, _CANONICAL_HALF), ((1 << 64) - _CANONICAL_HALF, _CANONICAL_HALF)]
+        """Where there can ever be memory: anywhere.
+
+        Not only at the canonical addresses of now, and in real mode not only below 4 GiB: the guest
+        may turn on 64-bit mode, or 5-level paging, and gdb asks once.
+        """
+        return [(0, _HALF), (_HALF, _HALF)]
 
     # --- registers and memory ---
 
-    def read_registers(self, vcpu_id: int, banks: int) -> dict[str, Value]:
+    def read_registers(self, vcpu_id: int, banks: int) -> RegisterFile:
         """See Target."""
-        known, values = self._registers.get(vcpu_id, (0, {}))
-        missing = banks & ~known
-        if missing:
+        known, file = self._registers.get(vcpu_id, (0, b""))
+        if banks & ~known:
+            known |= banks
             with _errors:
-                values = values | debugstate.read(self.vm.state(vcpu_id), missing)
-            self._registers[vcpu_id] = known | missing, values
-        return values
+                file = debugstate.read(self.vm.state(vcpu_id), known)
+            self._registers[vcpu_id] = known, file
+        return file
 
     def _forget(self) -> None:
         """The guest runs, or something was written: what was read of it may have changed."""
@@ -162,7 +179,7 @@ class MachineTarget:
         """See Target."""
         self._forget()
         with _errors:
-            debugstate.write(self.vm.state(vcpu_id), updates)
+            debugstate.write(self.vm.state(vcpu_id), updates, lambda: self.vm.host.paging32)
             if "rip" in updates:
                 self.vm.go_on_at_rip(vcpu_id)
 
@@ -175,9 +192,20 @@ class MachineTarget:
             view = self._views[vcpu_id] = VirtualMemory(self.vm.memory, sregs)
         return view
 
+    def _pieces(self, vcpu_id: int, gva: int, length: int) -> Iterator[tuple[int, int]]:
+        """(gpa, bytes) pieces of [gva, gva + length), which does not wrap around.
+
+        Raises TranslationFault or GuestMemoryError where nothing is, after the pieces before it.
+        """
+        view = self.view(vcpu_id)
+        yield from view.pieces(gva, min(length, view.gva_end - gva))
+        if gva + length > view.gva_end:
+            fault = paging.Fault(paging.FaultReason.TOO_WIDE)
+            raise paging.TranslationFault(max(gva, view.gva_end), fault)
+
     def read_memory(self, vcpu_id: int, gva: int, length: int) -> bytes:
         """See Target."""
-        return self._read_pieces(self.view(vcpu_id).pieces(gva, length))
+        return self._read_pieces(self._pieces(vcpu_id, gva, length))
 
     def read_physical(self, gpa: int, length: int) -> bytes:
         """See Target."""
@@ -205,7 +233,7 @@ class MachineTarget:
     def write_memory(self, vcpu_id: int, gva: int, data: bytes) -> None:
         """See Target."""
         with _errors:
-            pieces = list(self.view(vcpu_id).pieces(gva, len(data)))
+            pieces = list(self._pieces(vcpu_id, gva, len(data)))
             self._write_pieces(pieces, data)
 
     def write_physical(self, gpa: int, data: bytes) -> None:
@@ -227,31 +255,34 @@ class MachineTarget:
         with _errors:
             sregs = self.vm.state(vcpu_id).get(kvm_sregs)
         registers = paging.PagingRegisters.of(sregs)
-        page = gva & ~0xFFF
+        page, looked_up_to = gva & ~0xFFF, 1 << 64
         if not sregs.cr0 & x86.CR0_PG:
             ranges = [
                 MappedRange(slot.gpa, slot.gpa, slot.size, 1 << 12, _ALL_PERMISSIONS)
                 for slot in self.vm.memory.slots
-                if slot.end > page
+                if slot.end > page and slot.gpa < paging.gva_end(registers)
             ]
             ranges.sort()
         else:
             read = self.vm.memory.read
-            ranges = list(mappings(read, registers, start_gva=page, max_ranges=1).ranges)
+            found_ranges, next_gva = mappings(read, registers, start_gva=page, max_ranges=1)
+            ranges, looked_up_to = list(found_ranges), next_gva or looked_up_to
         if not ranges:
-            return MemoryRegion(page, (1 << 64) - page, "")
+            return MemoryRegion(page, looked_up_to - page, "")
         found = ranges[0]
         if found.gva > page:
             return MemoryRegion(page, found.gva - page, "")
         offset = page - found.gva
         length = found.length - offset
+        gpa = found.gpa + offset
         try:
-            slot = self.vm.memory.find(found.gpa + offset)
+            slot = self.vm.memory.find(gpa)
         except GuestMemoryError:  # mapped, but a device or nothing: not to be read
-            return MemoryRegion(page, length, "")
+            beyond = (slot.gpa - gpa for slot in self.vm.memory.slots if slot.gpa > gpa)
+            return MemoryRegion(page, min([length, *beyond]), "")
         permissions = found.permissions
         text = "r" + "w" * permissions.writable + "x" * (not permissions.no_execute)
-        return MemoryRegion(page, min(length, slot.end - found.gpa - offset), text)
+        return MemoryRegion(page, min(length, slot.end - gpa), text)
 
     # --- breakpoints ---
 
@@ -279,19 +310,19 @@ class MachineTarget:
 
     def resume(self, actions: Mapping[int, Action], newcomers_run: bool) -> None:
         """See Target."""
-        for vcpu_id, action in actions.items():
-            if action.kind is ActionKind.CONTINUE:
-                continue
-            user = self.vm.state(vcpu_id).get(kvm_sregs).ss.dpl == 3
-            if user and not (self.vm.host.step_user or self.vm.host.step_user_delivered):
-                raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
-        self._forget()
         with _errors:
+            for vcpu_id, action in actions.items():
+                if action.kind is ActionKind.CONTINUE:
+                    continue
+                user = self.vm.state(vcpu_id).get(kvm_sregs).ss.dpl == 3
+                if user and not (self.vm.host.step_user or self.vm.host.step_user_delivered):
+                    raise TargetError(errno.ENOTSUP, "this host cannot single-step in ring 3")
+            self._forget()
             self.run_control.resume(actions, newcomers_run)
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         """See Target."""
-        self.run_control.interrupt()
+        return self.run_control.interrupt()
 
     def detach(self) -> None:
         """See Target."""
@@ -300,19 +331,20 @@ class MachineTarget:
         self.run_control.wait_stopped(_PATIENCE_SECONDS)
         self.run_control.detach()
 
+    def attach(self) -> None:
+        """See Target."""
+        self.run_control.attach()
+
     def kill(self) -> None:
         """See Target."""
         self._on_kill()
 
-    def monitor(self, command: str) -> str:
+    def monitor(self, command: str, vcpu_id: int) -> str:
         """See Target."""
         from pyvmm import monitor
 
         with _errors:
             try:
-                return monitor.execute(self, command)
+                return monitor.execute(self, command, vcpu_id)
             except ValueError as error:  # what Python says to most that a user can type wrongly
                 raise TargetError(errno.EINVAL, str(error)) from None
-
-
-_PATIENCE_SECONDS = 10.0

@@ -225,6 +225,8 @@ class Machine:
                 self.debug_server.let_run()
             stop = self._wait(None if timeout is None else time.monotonic() + timeout, limiter)
             if stop is not None:
+                if self.debug_server is not None:
+                    self.debug_server.keep_still()
                 self.vm.suspend_cpu(ALL)
                 self._wait_out()
                 if self._reset_wanted:  # by the last thing that a vCPU did

@@ -12,15 +12,20 @@ from pyvmm import monitor_kernel, paging, report
 from pyvmm.kvm import kvm_regs, kvm_sregs
 from pyvmm.light import TYPE_CHECKING, NamedTuple
 from pyvmm.mappings import mappings
-from pyvmm.registers import Bank
+from pyvmm.registers import TABLE
 from pyvmm.target import TargetError
+from pyvmm.vcpu import StopVm
 
 if TYPE_CHECKING:
     from pyvmm.debugtarget import MachineTarget
 
 
 class Command(NamedTuple):
-    """A row: `arguments` is for the help text; if it is empty, there are none."""
+    """A row: `arguments` is what the help shows; if it is empty, there are none.
+
+    Two of them mean something: a VCPU at the end is filled in if it is missing, and a FILE is the
+    rest of the line, spaces and all.
+    """
 
     name: str
     arguments: str
@@ -28,18 +33,29 @@ class Command(NamedTuple):
     run: Callable[[MachineTarget, list[str]], str]
 
 
-def execute(target: MachineTarget, line: str) -> str:
-    """Run a command line; names may be cut short while they are unique."""
-    words = line.split() or ["help"]
-    found = [c for c in COMMANDS if c.name == words[0]] or [
-        c for c in COMMANDS if c.name.startswith(words[0])
+_VCPU, _FILE = "[VCPU]", "FILE"
+
+
+def execute(target: MachineTarget, line: str, vcpu_id: int) -> str:
+    """Run a command line; names may be cut short while they are unique.
+
+    `vcpu_id`: of the thread that the user has selected, where the line names none.
+    """
+    name, *rest = line.split(maxsplit=1) or ["help"]
+    found = [c for c in COMMANDS if c.name == name] or [
+        c for c in COMMANDS if c.name.startswith(name)
     ]
     if len(found) != 1:
         what = "ambiguous" if found else "unknown"
-        raise TargetError(errno.EINVAL, f"{words[0]}: {what} command; try `monitor help`")
-    if len(words) > 1 and not found[0].arguments:
-        raise TargetError(errno.EINVAL, f"{found[0].name} takes no argument")
-    return found[0].run(target, words[1:]).rstrip("\n") + "\n"
+        raise TargetError(errno.EINVAL, f"{name}: {what} command; try `monitor help`")
+    command = found[0]
+    if rest and not command.arguments:
+        raise TargetError(errno.EINVAL, f"{command.name} takes no argument")
+    wanted = command.arguments.split()
+    words = [text.rstrip() for text in rest] if wanted == [_FILE] else "".join(rest).split()
+    if wanted[-1:] == [_VCPU] and len(words) == len(wanted) - 1:
+        words.append(str(vcpu_id))
+    return command.run(target, words).rstrip("\n") + "\n"
 
 
 def _number(words: list[str], what: str, example: str) -> int:
@@ -55,32 +71,30 @@ def _number(words: list[str], what: str, example: str) -> int:
 _GDB_NAMES = {"pc": "rip", "sp": "rsp"}
 
 
-def _address(target: MachineTarget, words: list[str]) -> int:
-    """A GVA, as a number or as a 64-bit register with its value, `$rsp`."""
+def _address(target: MachineTarget, words: list[str], vcpu_id: int) -> int:
+    """A GVA, as a number or as a 64-bit register of a vCPU with its value, `$rsp`."""
     if len(words) != 1 or not words[0].startswith("$"):
         return _number(words, "address", "0x1000 or $rsp")
     name = _GDB_NAMES.get(words[0][1:], words[0][1:])
-    registers = target.read_registers(_vcpu(target, []), Bank.GENERAL | Bank.SYSTEM)
-    value = registers.get(name)
-    if not isinstance(value, int):
+    row = next((row for row in TABLE if row.name == name and row.bits <= 64), None)
+    if row is None:
         raise TargetError(errno.EINVAL, f"{words[0]!r} is no register that can hold an address")
-    return value
+    return int.from_bytes(row.read(target.read_registers(vcpu_id, row.bank)), "little")
 
 
 def _vcpu(target: MachineTarget, words: list[str]) -> int:
-    """The vCPU that the words name, by default the one that stopped."""
-    if not words:
-        return target.stop_report().vcpu_id
+    """The vCPU that the words name."""
     vcpu_id = _number(words, "vCPU", "0")
     if vcpu_id not in target.vcpu_ids():
-        raise TargetError(errno.EINVAL, f"there is no vCPU {vcpu_id}")
+        raise TargetError(errno.EINVAL, f"there is no vCPU {words[0]}")
     return vcpu_id
 
 
 def _help(target: MachineTarget, words: list[str]) -> str:
     rows = [(f"{c.name} {c.arguments}".rstrip(), c.help) for c in COMMANDS]
     width = max(len(usage) for usage, _ in rows)
-    return "\n".join(f"{usage:<{width}}  {text}" for usage, text in rows)
+    lines = [f"{usage:<{width}}  {text}" for usage, text in rows]
+    return "\n".join([*lines, f"Without {_VCPU}: the one of the thread that is selected."])
 
 
 def _regs(target: MachineTarget, words: list[str]) -> str:
@@ -93,8 +107,9 @@ def _paging_registers(target: MachineTarget, vcpu_id: int) -> paging.PagingRegis
 
 
 def _translate(target: MachineTarget, words: list[str]) -> str:
-    gva = _address(target, words)
-    registers = _paging_registers(target, _vcpu(target, []))
+    vcpu_id = _vcpu(target, words[1:]) if words else 0
+    gva = _address(target, words[:1], vcpu_id)
+    registers = _paging_registers(target, vcpu_id)
     walk = paging.walk(target.vm.memory.read, registers, gva)
     if walk.mode is paging.PagingMode.NONE:
         return f"GPA {gva:#x}: paging is off, addresses are physical"
@@ -192,9 +207,22 @@ def _reset_breakpoints(target: MachineTarget, words: list[str]) -> str:
     return f"{count} {what} removed (gdb does not know: delete them there, too)"
 
 
+def _reset(target: MachineTarget, words: list[str]) -> str:
+    try:
+        target.machine.request_reset()
+    except StopVm:
+        raise TargetError(errno.ENOTSUP, "this machine is not to reset (--no-reboot)") from None
+    if target.run_control.wait_stopped(_RESET_SECONDS):
+        raise TargetError(errno.ETIMEDOUT, "the machine is not reset yet: is it being run?")
+    return "the machine is reset (gdb does not know: maintenance flush register-cache)"
+
+
+_RESET_SECONDS = 10.0
+
+
 def _catch_int3(target: MachineTarget, words: list[str]) -> str:
     breakpoints = target.run_control.breakpoints
-    if words and words[0] not in ("on", "off"):
+    if words not in ([], ["on"], ["off"]):
         raise TargetError(errno.EINVAL, "catch-int3: on or off")
     if words:
         if words[0] == "on" and not target.vm.host.breakpoint:
@@ -214,18 +242,21 @@ def _quit(target: MachineTarget, words: list[str]) -> str:
 
 COMMANDS = (
     Command("help", "", "this list", _help),
-    Command("regs", "[VCPU]", "all registers, with control registers and descriptor tables", _regs),
+    Command("regs", _VCPU, "all registers, with control registers and descriptor tables", _regs),
     Command(
-        "translate", "GVA|$REG", "the walk through the page tables, level by level", _translate
+        "translate",
+        f"GVA|$REG {_VCPU}",
+        "the walk through the page tables, level by level",
+        _translate,
     ),
-    Command("pagetables", "[VCPU]", "everything that the page tables map", _pagetables),
+    Command("pagetables", _VCPU, "everything that the page tables map", _pagetables),
     Command("exits", "", "how often each vCPU has left the guest, and why", _exits),
     Command("memory", "", "RAM and the devices in guest-physical memory and at ports", _memory),
     Command("vcpus", "", "where each vCPU is, and in which mode", _vcpus),
     Command("where", "", "the function that each vCPU is in", monitor_kernel.where),
     Command(
         "symbols",
-        "FILE",
+        _FILE,
         "take the names of functions from a System.map or an ELF",
         monitor_kernel.symbols,
     ),
@@ -234,7 +265,8 @@ COMMANDS = (
     Command("screen", "", "what the text screen at 0xb8000 shows", _screen),
     Command("probe", "", "what this host's KVM can and cannot do", _probe),
     Command("catch-int3", "[on|off]", "stop at the guest's own int3", _catch_int3),
-    Command("inject-nmi", "[VCPU]", "raise a non-maskable interrupt", _inject_nmi),
+    Command("inject-nmi", _VCPU, "raise a non-maskable interrupt", _inject_nmi),
+    Command("reset", "", "reset the machine, and stay before its first instruction", _reset),
     Command("reset-breakpoints", "", "take out all breakpoints", _reset_breakpoints),
     Command("error", "", "why the last packet was refused, in words", _error),
     Command("quit", "", "end the VM", _quit),

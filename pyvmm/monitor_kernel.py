@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 from pyvmm.light import TYPE_CHECKING
 from pyvmm.linux.kernel import LinuxError
-from pyvmm.session import MAX_DATA
 from pyvmm.target import TargetError
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def _errors() -> Iterator[None]:
     except LinuxError as error:
         raise TargetError(errno.ENOENT, str(error)) from None
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
+        message = f"{error.filename or 'the file'}: {error.strerror}"
         raise TargetError(error.errno or errno.EIO, message) from None
 
 
@@ -38,8 +37,8 @@ def where(target: MachineTarget, words: list[str]) -> str:
 
 def symbols(target: MachineTarget, words: list[str]) -> str:
     """Take the names of functions from a file."""
-    if len(words) != 1:
-        raise TargetError(errno.EINVAL, "name one file, as System.map")
+    if not words:
+        raise TargetError(errno.EINVAL, "name a file, as System.map")
     with _errors():
         target.names.load(words[0])
     return where(target, [])
@@ -57,16 +56,13 @@ def kaslr(target: MachineTarget, words: list[str]) -> str:
 
 
 def dmesg(target: MachineTarget, words: list[str]) -> str:
-    """The log of a Linux kernel, or its last messages; its end if it is too long for a packet."""
+    """The log of a Linux kernel, or its last messages."""
     from pyvmm.linux import printk
 
     count = _count(words) if words else 0  # 0: all
     with _errors():
         records = printk.read_log(target.names.kernel())
-    text = "\n".join(map(str, records[-count:])).encode()
-    if len(text) > _MAX_TEXT:
-        text = _CUT + text[-_MAX_TEXT:].partition(b"\n")[2]
-    return text.decode(errors="replace") or "the log is empty"
+    return "\n".join(map(str, records[-count:])) or "the log is empty"
 
 
 def _count(words: list[str]) -> int:
@@ -77,7 +73,3 @@ def _count(words: list[str]) -> int:
     if len(words) > 1 or count < 1:
         raise TargetError(errno.EINVAL, "say how many of the last messages, as 20")
     return count
-
-
-_CUT = b"[older messages are left out: they do not fit into a packet]\n"
-_MAX_TEXT = MAX_DATA - 2 * len(_CUT)

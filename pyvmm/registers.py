@@ -1,8 +1,14 @@
 """The registers a debugger sees: one table, from which everything about them is derived.
 
 A row says how gdb calls a register, how wide it is and how it is shown. The packets `g G p P` and
-the target description (targetxml.py) are made from the rows, so they cannot disagree. Values come
-from and go to a plain mapping from name to value: int up to 64 bits, little-endian bytes above.
+the target description (targetxml.py) are made from the rows, so they cannot disagree. What is read
+of a vCPU is its *register file*: the registers of the table back to back, little-endian. So the
+file in hex is the reply to `g`, and a slice of it the reply to `p`. What is written is a plain
+mapping from name to value: int up to 64 bits, little-endian bytes above.
+
+gdb knows no segments: it reads code, and compares with its breakpoints, at the value of the program
+counter. So `rip` (and `eip`) is the *linear* address, CS base + RIP; in 64-bit mode, and with the
+flat segments of most 32-bit code, that is RIP. Stepping and breakpoints then work with any CS.
 
 The names and their order are those of QEMU's x86-64 description, because scripts and other
 debuggers count on them: general registers, rip, eflags, selectors, segment bases, control
@@ -13,20 +19,21 @@ reply by the description it has read, and a stub that answers with other widths 
 has changed its mode makes gdb fail with "Remote 'g' packet reply is too long". A new layout is
 chosen when the debugger reads the description: when it connects, and when the user of gdb says
 `unset tdesc filename`, which makes gdb read it again. So one session can follow a guest from real
-mode to 64-bit mode.
+mode to 64-bit mode; if gdb has an ELF32 of it, with `set architecture i386:x86-64` afterwards.
 
 Which layout is right (`architecture_for`), tried with gdb 13:
 
 - If gdb has loaded an ELF, its class decides: gdb rejects a 64-bit description if it has loaded an
-  ELF32 and a 32-bit one if it has loaded an ELF64, and then shows no registers at all. So a guest
-  whose image is an ELF64 is X86_64 from its first instruction, whatever mode it starts in.
+  ELF32 and a 32-bit one if it has loaded an ELF64, and then does not connect; unless the user has
+  said `set architecture` before. So a guest whose image is an ELF64 is X86_64 from its first
+  instruction, whatever mode it starts in.
 - Else the mode decides. X86_64 would not do for 32-bit code: gdb would decode it as 64-bit code and
   look for 8-byte return addresses, so that backtraces end after one frame. With I386 both work.
+- In compatibility mode a 64-bit kernel runs a 32-bit program, and what is debugged is the kernel:
+  X86_64.
 - In real mode I8086 makes gdb decode 16-bit instructions. (Not if an ELF32 is loaded, because gdb
-  prefers the more capable i386: then the user says `set architecture i8086`.) gdb knows no
-  segments: it reads code, and compares with its breakpoints, at the value of the program counter.
-  So `eip` is the *linear* address, CS base + IP, there, and the register `ip` holds IP. Stepping
-  and breakpoints then work with any CS.
+  prefers the more capable i386: then the user says `set architecture i8086`.) It has a register
+  `ip`, too, which holds IP.
 
 Source: Debugging with GDB, appendix "Target Descriptions", section "i386 Features"; Intel SDM
 vol. 1, "Basic Execution Environment" and "x87 FPU Programming".
@@ -34,16 +41,14 @@ vol. 1, "Basic Execution Environment" and "x87 FPU Programming".
 
 from __future__ import annotations
 
-import struct
 from binascii import hexlify
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
-from operator import itemgetter
 
+RegisterFile = bytes
 Value = int | bytes
-Values = Mapping[str, Value]
 
 CORE = "org.gnu.gdb.i386.core"
 SSE = "org.gnu.gdb.i386.sse"
@@ -75,7 +80,7 @@ class Bank:
 
 @dataclass(frozen=True)
 class Register:
-    """One row. `source` is the name in the mapping of values, if it is not `name`."""
+    """One row. `source` is the name under which it is written, if it is not `name`."""
 
     name: str
     bits: int
@@ -84,7 +89,9 @@ class Register:
     bank: int  # of Bank
     group: str = ""  # gdb's register group, where gdb does not know by itself
     source: str = ""
-    base: str = ""  # the segment base that gdb is told to add: see I8086 above
+    at: int = 0  # where it is in the register file, in bytes
+    linear: bool = False  # CS base + the register, and so is what the file holds
+    within_code: bool = False  # what the file holds, less CS base: the register itself
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source", self.source or self.name)
@@ -94,39 +101,33 @@ class Register:
         """Bytes in a packet, before hex."""
         return self.bits // 8
 
-    def get(self, values: Values) -> Value:
-        """The value that the debugger is told. Raises KeyError if `values` does not have it."""
-        value = values[self.source]
-        if isinstance(value, bytes):
-            return value
-        if self.base:
-            value += _integer(values[self.base])
-        return value & ((1 << self.bits) - 1)
+    def read(self, file: RegisterFile) -> bytes:
+        """What the debugger is told, before hex. A 32-bit view is the half that comes first."""
+        data = file[self.at : self.at + self.size]
+        return self._less_code_base(data, file) if self.within_code else data
 
-    def encode(self, values: Values) -> bytes:
-        """The value in hex, or `xx` for each byte if `values` does not have it."""
-        try:
-            value = self.get(values)
-        except KeyError:
-            return b"xx" * self.size
-        return hexlify(value if isinstance(value, bytes) else value.to_bytes(self.size, "little"))
+    def encode(self, file: RegisterFile) -> bytes:
+        """The value in hex."""
+        return hexlify(self.read(file))
 
-    def decode(self, data: bytes, values: Values) -> dict[str, Value]:
-        """What to write into the mapping so that the debugger reads `data` back.
+    def decode(self, data: bytes, file: RegisterFile) -> dict[str, Value]:
+        """What to write so that the debugger reads `data` back.
 
         A 32-bit view of a 64-bit register clears the upper half, as a 32-bit move does.
+        Raises ValueError for a program counter below the code segment.
         """
         if self.bits > 64:
             return {self.source: data}
-        value = int.from_bytes(data, "little")
-        if self.base:
-            value = (value - _integer(values[self.base])) & ((1 << self.bits) - 1)
-        return {self.source: value}
+        if self.linear:
+            data = self._less_code_base(data, file)
+        return {self.source: int.from_bytes(data, "little")}
 
-
-def _integer(value: Value) -> int:
-    assert isinstance(value, int)
-    return value
+    def _less_code_base(self, data: bytes, file: RegisterFile) -> bytes:
+        base = int.from_bytes(file[_CODE_BASE_AT:], "little")
+        value = int.from_bytes(data, "little") - base
+        if value < 0:
+            raise ValueError(f"{self.name} is below the code segment, which begins at {base:#x}")
+        return value.to_bytes(self.size, "little")
 
 
 def _rows(
@@ -139,11 +140,20 @@ def _numbered(pattern: str, count: int) -> str:
     return " ".join(pattern.format(number) for number in range(count))
 
 
-TABLE: tuple[Register, ...] = (
+def _back_to_back(rows: Iterable[Register]) -> tuple[Register, ...]:
+    placed: list[Register] = []
+    at = 0
+    for row in rows:
+        placed.append(replace(row, at=at))
+        at += row.size
+    return tuple(placed)
+
+
+_ROWS = (
     *_rows("rax rbx rcx rdx rsi rdi", 64, "int64", CORE, Bank.GENERAL),
     *_rows("rbp rsp", 64, "data_ptr", CORE, Bank.GENERAL),
     *_rows("r8 r9 r10 r11 r12 r13 r14 r15", 64, "int64", CORE, Bank.GENERAL),
-    *_rows("rip", 64, "code_ptr", CORE, Bank.GENERAL),
+    Register("rip", 64, "code_ptr", CORE, Bank.GENERAL | Bank.SYSTEM, linear=True),
     *_rows("eflags", 32, "x86_eflags", CORE, Bank.GENERAL),
     *_rows("cs ss ds es fs gs", 32, "int32", CORE, Bank.SYSTEM),
     *_rows("fs_base gs_base", 64, "int64", CORE, Bank.SYSTEM),
@@ -160,6 +170,12 @@ TABLE: tuple[Register, ...] = (
     *_rows("mxcsr", 32, "x86_mxcsr", SSE, Bank.FPU, "vector"),
     *_rows(_numbered("ymm{}h", 16), 128, "uint128", AVX, Bank.AVX),
 )
+TABLE = _back_to_back(_ROWS)
+# Behind the table the file holds how far the program counter is from RIP: CS base, but 0 in 64-bit
+# mode.
+_CODE_BASE_AT = sum(row.size for row in TABLE)
+FILE_SIZE = _CODE_BASE_AT + 8  # bytes
+
 
 # The 32-bit processor's own order of its general registers.
 _GENERAL_32 = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi", "eip")
@@ -198,48 +214,27 @@ class Layout:
         self.first = tuple(
             self.number_of[name] for name in ("rip rsp rbp" if wide else "eip esp ebp").split()
         )
-        self.first_banks = 0
-        for number in self.first:
-            self.first_banks |= self.registers[number].bank
-        self._struct = struct.Struct("<" + "".join(_FORMAT[row.bits] for row in self.registers))
-        self._get_all = itemgetter(*(row.source for row in self.registers)) if wide else None
-        self._get_first = itemgetter("rip", "rsp", "rbp") if wide else None
         self._first_text = b"".join(b"%02x:%%b;" % number for number in self.first)
+        self.size = sum(row.size for row in self.registers)  # bytes in `g`, before hex
+        # The file, up to here, as it is; 32-bit descriptions leave registers out and halve others.
+        self._is_beginning = self.registers == TABLE[: len(self.registers)]
 
-    @property
-    def size(self) -> int:
-        """Bytes in `g`, before hex."""
-        return self._struct.size
+    def encode(self, file: RegisterFile) -> bytes:
+        """All registers in hex."""
+        if self._is_beginning:
+            return hexlify(file[: self.size])
+        return b"".join([row.encode(file) for row in self.registers])
 
-    def encode(self, values: Values) -> bytes:
-        """All registers in hex; `xx` for each byte of a register that `values` does not have.
-
-        Where every row is a plain value of its full width, one call packs them all: debuggers
-        ask for them at each stop.
-        """
-        if self._get_all:
-            try:
-                return hexlify(self._struct.pack(*self._get_all(values)))
-            except KeyError:
-                pass
-        return b"".join(row.encode(values) for row in self.registers)
-
-    def encode_first(self, values: Values) -> bytes:
+    def encode_first(self, file: RegisterFile) -> bytes:
         """The registers of `first` as a stop reply tells them: `10:0000100000000000;`, ..."""
-        if self._get_first:  # as above
-            try:
-                pc, stack, frame = map(_U64.pack, self._get_first(values))
-                return self._first_text % (hexlify(pc), hexlify(stack), hexlify(frame))
-            except KeyError:
-                pass
-        return self._first_text % tuple(self.registers[n].encode(values) for n in self.first)
+        return self._first_text % tuple([self.registers[n].encode(file) for n in self.first])
 
-    def decode(self, data: bytes, values: Values) -> dict[str, Value]:
+    def decode(self, data: bytes, file: RegisterFile) -> dict[str, Value]:
         """What to write so that all registers read back as `data`: only what is not so already.
 
         gdb changes one register by writing all. Those it did not mean to change must not be
-        written: some cannot be, and others lose what the debugger was not shown. Nor are those
-        that it was told are unavailable. Raises ValueError if `data` has the wrong length.
+        written: some cannot be, and others lose what the debugger was not shown. Raises ValueError
+        if `data` has the wrong length.
         """
         if len(data) != self.size:
             raise ValueError(f"{len(data)} bytes of registers instead of {self.size}")
@@ -248,14 +243,9 @@ class Layout:
         for row in self.registers:
             part = data[offset : offset + row.size]
             offset += row.size
-            current = row.encode(values)
-            if current != hexlify(part) and not current.startswith(b"x"):
-                updates |= row.decode(part, values)
+            if part != row.read(file):
+                updates |= row.decode(part, file)
         return updates
-
-
-_U64 = struct.Struct("<Q")
-_FORMAT = {32: "I", 64: "Q", 80: "10s", 128: "16s"}
 
 
 def _choose(architecture: Architecture, avx: bool) -> tuple[Register, ...]:
@@ -265,11 +255,9 @@ def _choose(architecture: Architecture, avx: bool) -> tuple[Register, ...]:
     rows = _narrow(rows)
     if architecture is Architecture.I386:
         return rows
-    linear = tuple(
-        replace(row, base="cs_base", bank=row.bank | Bank.SYSTEM) if row.name == "eip" else row
-        for row in rows
-    )
-    return (*linear, Register("ip", 32, "int32", REAL_MODE, Bank.GENERAL, "general", "rip"))
+    eip = next(row for row in rows if row.name == "eip")
+    ip = replace(eip, name="ip", gdb_type="int32", linear=False, within_code=True)
+    return (*rows, replace(ip, feature=REAL_MODE, group="general"))
 
 
 @cache
@@ -278,15 +266,16 @@ def layout(architecture: Architecture, avx: bool) -> Layout:
     return Layout(architecture, avx)
 
 
-def architecture_for(code_bits: int, image_bits: int | None) -> Architecture:
+def architecture_for(kernel_bits: int, image_bits: int | None) -> Architecture:
     """What to tell gdb that the processor is; the reasons are in the module's docstring.
 
-    `code_bits`: how the processor decodes instructions now, 16, 32 or 64. `image_bits`: 32 or 64,
-    the class of the image if it is an ELF (or is known to be a 64-bit kernel), else None.
+    `kernel_bits`: 16, 32 or 64, by the processor's mode now; 64 also in compatibility mode.
+    `image_bits`: 32 or 64, the class of the image's ELF, or 64 of a Linux image that is entered in
+    64-bit mode; else None.
     """
-    if image_bits == 64 or code_bits == 64:
+    if image_bits == 64 or kernel_bits == 64:
         return Architecture.X86_64
-    return Architecture.I386 if code_bits == 32 else Architecture.I8086
+    return Architecture.I386 if kernel_bits == 32 else Architecture.I8086
 
 
 _EMPTY = 0b11  # in the full tag word

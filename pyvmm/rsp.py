@@ -54,8 +54,9 @@ _ESCAPED = re.compile(rb"}(.?)", re.DOTALL)
 _REPEATED = re.compile(rb"(.)((?:\*.)+)", re.DOTALL)
 # Long runs of a byte. That the pattern begins with the run, spelled out, lets both searches skip.
 _RUNS = [(run, re.compile(run + b"%b*" % run[:1])) for run in (b"0" * _LONG_RUN, bytes(_LONG_RUN))]
-# The two digits at the end of a packet, in upper, lower and mixed case.
+# What ends a packet, by its checksum; and the checksum by its two digits, in either case.
 _DIGITS = b"0123456789abcdefABCDEF"
+_END = [b"#%02x" % number for number in range(256)]
 _CHECKSUM_OF = {bytes(two): int(bytes(two), 16) for two in itertools.product(_DIGITS, repeat=2)}
 
 
@@ -131,7 +132,7 @@ def encode(payload: bytes) -> bytes:
     data = escape(payload)
     if len(data) >= _WORTH_COMPRESSING:
         data = compress(data)
-    return b"".join((b"$", data, b"#%02x" % checksum(data)))  # `%` would copy `data` twice
+    return b"".join((b"$", data, _END[checksum(data)]))  # `%` would copy `data` twice
 
 
 def escaped_length(payload: bytes) -> int:
@@ -217,7 +218,9 @@ class Decoder:
             data = bytes(self._kept)
             self._kept.clear()
         events: list[bytes | Event] = []
-        for token in _TOKEN.finditer(data):
+        position = 0
+        while position < len(data) and (token := _TOKEN.search(data, position)):
+            position = token.end()
             payload, digits, beginning, end_mark = token.groups()
             if beginning is not None:
                 self._keep(beginning, end_mark or b"")

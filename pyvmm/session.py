@@ -25,7 +25,7 @@ ANY, ALL = 0, -1  # thread ids with a meaning of their own
 # in the worst case.
 MAX_DATA = PACKET_SIZE // 2
 
-EFAULT, EBUSY, EINVAL = 14, 16, 22  # the numbers are Linux's; clients show them, none interprets
+EBUSY, EINVAL = 16, 22  # the numbers are Linux's; clients show them, none interprets
 
 _HEX_DIGITS = b"0123456789abcdefABCDEF"
 
@@ -73,6 +73,7 @@ class Session:
     no_ack_mode: bool = False
     list_threads: bool = False  # lldb: name all threads in stop replies
     error_strings: bool = False  # lldb: E with a message
+    console: str = ""  # what the user is to read before the next reply
     physical: bool = False  # addresses of memory packets are GPAs
     open_files: dict[int, ExecFile] = field(default_factory=dict)
     documents: dict[bytes, bytes] = field(default_factory=dict)  # being read in pieces by qXfer
@@ -128,6 +129,16 @@ def unhex(text: bytes) -> bytes:
         return unhexlify(text)
     except HexError:
         raise PacketError("hexadecimal data is malformed") from None
+
+
+def decode_register(
+    row: registers.Register, data: bytes, file: registers.RegisterFile
+) -> dict[str, registers.Value]:
+    """What to write so that the register reads back as `data`."""
+    try:
+        return row.decode(data, file)
+    except ValueError as error:
+        raise PacketError(str(error)) from None
 
 
 def split_numbers(text: bytes, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
     stub = Stub(target)
     reply = stub.handle(payload)        # None: the reply is owed until the VM stops
+    texts = stub.take_console()         # packets to be sent before it, for the user to read
     reply = stub.stop_reply(report)     # that reply, when the VM has stopped or ended
 
 `PACKETS` is the table. A row holds a packet's name, its handler and the words by which `qSupported`
@@ -17,7 +18,7 @@ runs gets an error reply. Nothing that a debugger sends raises.
 
 Errors: gdb before 15 and most other clients understand `E NN`, some replies of gdb before 15 also
 `E.message`; newer ones announce that they understand that everywhere. lldb has its own way. So the
-message goes wherever it can be shown, and `last_error` keeps it for `monitor`.
+message goes wherever it can be shown, and the target keeps it for `monitor error`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _supported(session: Session, args: bytes) -> bytes:
     A feature is announced as `name+` (or `name=value`); it is remembered without the `+`.
     """
     words = args.split(b";")
-    session.announced = frozenset(word[:-1] for word in words if word.endswith(b"+"))
+    session.announced = frozenset(word[:-1] for word in words if word[1:].endswith(b"+"))
     tokens = [b"PacketSize=%x" % PACKET_SIZE]
     tokens += [row.token for row in PACKETS if row.token]
     offered = [document.name for document in stub_files.offered(session)]
@@ -112,7 +113,7 @@ def _physical_supported(session: Session, args: bytes) -> bytes:
 _TRIPLES = {
     Architecture.X86_64: ("x86_64-unknown-none", 8),
     Architecture.I386: ("i386-unknown-none", 4),
-    Architecture.I8086: ("i386-unknown-none", 4),
+    Architecture.I8086: ("i386-unknown-none-code16", 4),
 }
 
 
@@ -134,19 +135,16 @@ def _offsets(session: Session, args: bytes) -> bytes:
 
 
 def _monitor(session: Session, args: bytes) -> bytes:
-    """qRcmd,HEX: a `monitor` command. Errors are text, too: gdb before 15 shows no others here."""
+    """qRcmd,HEX: a `monitor` command. Errors are text, too: gdb before 15 shows no others here.
+
+    The text goes before the reply: as part of it lldb would show it in hex.
+    """
     command = unhex(args).decode(errors="replace")
     try:
-        output = session.target.monitor(command)
+        session.console += session.target.monitor(command, session.selected())
     except TargetError as error:
-        output = f"{error.message}\n"
-    data = output.encode(errors="replace")
-    if len(data) > MAX_DATA:
-        data = data[: MAX_DATA - len(_CUT)] + _CUT
-    return hexlify(data) or b"OK"
-
-
-_CUT = b"\n[cut: the output is too long for one packet]\n"
+        session.console += f"{error.message}\n"
+    return b"OK"
 
 
 # ---- The table ----
@@ -232,7 +230,6 @@ class Stub:
 
     def __init__(self, target: Target) -> None:
         self.session = Session(target)
-        self.last_error = ""
 
     @property
     def no_ack_mode(self) -> bool:
@@ -262,6 +259,11 @@ class Stub:
         except TargetError as error:
             return self._error(error.errno, error.message, row)
 
+    def take_console(self) -> list[bytes]:
+        """The packets that go before the reply that handle() has just returned."""
+        text, self.session.console = self.session.console, ""
+        return console_output(text)
+
     def stop_reply(self, report: StopReport) -> bytes | None:
         """The packet that tells of a stop; None if nobody waits for one."""
         return stub_run.stop_reply(self.session, report)
@@ -271,7 +273,7 @@ class Stub:
         return self._error(EINVAL, reason, None)
 
     def _error(self, errno: int, message: str, row: Row | None) -> bytes:
-        self.last_error = message
+        self.session.target.last_error = message
         number = b"E%02x" % (errno & 0xFF)
         if self.session.error_strings:
             return number + b";" + hexlify(message.encode(errors="replace"))
@@ -284,6 +286,8 @@ class Stub:
 _PLAIN = str.maketrans("#$}*\n", ".... ")
 
 
-def console_output(text: str) -> bytes:
-    """A packet that makes gdb print `text`. Only while a stop reply is owed."""
-    return b"O" + hexlify(text.encode(errors="replace")[: MAX_DATA - 1])
+def console_output(text: str) -> list[bytes]:
+    """The packets that make a debugger print `text`: only before a reply that is owed."""
+    data = text.encode(errors="replace")
+    size = MAX_DATA - 1
+    return [b"O" + hexlify(data[at : at + size]) for at in range(0, len(data), size)]

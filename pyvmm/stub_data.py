@@ -13,6 +13,7 @@ from pyvmm.session import (
     MAX_DATA,
     PacketError,
     Session,
+    decode_register,
     parse_hex,
     split_numbers,
     split_thread_suffix,
@@ -32,9 +33,9 @@ def read_all_registers(session: Session, args: bytes) -> bytes:
 def write_all_registers(session: Session, args: bytes) -> bytes:
     """G HEX: every register; only those that change are written."""
     text, vcpu_id = split_thread_suffix(session, args)
-    values = session.target.read_registers(vcpu_id, session.layout.banks)
+    file = session.target.read_registers(vcpu_id, session.layout.banks)
     try:
-        updates = session.layout.decode(unhex(text), values)
+        updates = session.layout.decode(unhex(text), file)
     except ValueError as error:
         raise PacketError(str(error)) from None
     if updates:
@@ -57,8 +58,8 @@ def write_register(session: Session, args: bytes) -> bytes:
     data = unhex(value)
     if len(data) != row.size:
         raise PacketError(f"{row.name} has {row.size} bytes, not {len(data)}")
-    values = session.target.read_registers(vcpu_id, row.bank) if row.base else {}
-    session.target.write_registers(vcpu_id, row.decode(data, values))
+    file = session.target.read_registers(vcpu_id, row.bank)
+    session.target.write_registers(vcpu_id, decode_register(row, data, file))
     return b"OK"
 
 
@@ -75,8 +76,12 @@ def read_memory_hex(session: Session, args: bytes) -> bytes:
 
 
 def read_memory_binary(session: Session, args: bytes) -> bytes:
-    """x ADDRESS,LENGTH: `b` and memory in binary. No bytes at all may be asked for: a probe."""
+    """x ADDRESS,LENGTH: `b` and memory in binary. No bytes at all may be asked for: a probe.
+
+    The `b` takes a byte of the packet, too.
+    """
     address, length = split_numbers(args, 2)
+    length = min(length, MAX_DATA - 1)
     return b"b" + (_read_memory(session, address, length) if length else b"")
 
 

@@ -91,13 +91,13 @@ def read_document(session: Session, args: bytes) -> bytes:
     """qXfer:OBJECT:read:ANNEX:OFFSET,LENGTH"""
     name, _, rest = args.partition(b":")
     operation, _, rest = rest.partition(b":")
-    makers = [document.make for document in offered(session) if document.name == name]
-    if not makers or operation != b"read":
+    found = next((document for document in DOCUMENTS if document.name == name), None)
+    if not found or not found.exists(session) or operation != b"read":
         return b""  # unknown, like a packet that does not exist
     annex, _, numbers = rest.rpartition(b":")
     offset, length = split_numbers(numbers, 2)
     if offset == 0:
-        session.documents[name] = makers[0](session, annex)
+        session.documents[name] = found.make(session, annex)
     document = session.documents.get(name, b"")
     if offset > len(document):
         raise PacketError("the offset is beyond the end")

@@ -12,7 +12,9 @@ is ignored: a guest has nobody who could take one.
 from __future__ import annotations
 
 from binascii import hexlify
+from collections.abc import Callable
 
+from pyvmm.registers import Bank
 from pyvmm.session import (
     ALL,
     ANY,
@@ -22,6 +24,7 @@ from pyvmm.session import (
     PacketError,
     Phase,
     Session,
+    decode_register,
     parse_hex,
     split_numbers,
 )
@@ -84,9 +87,9 @@ def resume_plain(letter: bytes, session: Session, args: bytes) -> bytes | None:
     if args:
         row = session.layout.registers[session.layout.first[0]]
         vcpu_id = session.selected(thread)
-        values = session.target.read_registers(vcpu_id, row.bank)
+        file = session.target.read_registers(vcpu_id, row.bank)
         data = parse_hex(args).to_bytes(8, "little")[: row.size]
-        session.target.write_registers(vcpu_id, row.decode(data, values))
+        session.target.write_registers(vcpu_id, decode_register(row, data, file))
     return _resume(session, [(Action(kind), thread)])
 
 
@@ -177,10 +180,10 @@ def _stop_of_thread(session: Session, report: StopReport) -> bytes:
         reply += b"threads:%b;" % ",".join(ids).encode()
     layout = session.layout
     try:
-        values = session.target.read_registers(report.vcpu_id, layout.first_banks)
+        file = session.target.read_registers(report.vcpu_id, Bank.GENERAL)
     except TargetError:
         return reply  # the stop must be told in any case; the debugger will ask for registers
-    return reply + layout.encode_first(values)
+    return reply + layout.encode_first(file)
 
 
 _WATCH_KINDS = (StopKind.WATCH, StopKind.RWATCH, StopKind.AWATCH)
@@ -191,25 +194,29 @@ _WATCH_KINDS = (StopKind.WATCH, StopKind.RWATCH, StopKind.AWATCH)
 
 def insert_breakpoint(session: Session, args: bytes) -> bytes:
     """Z KIND,GVA,LENGTH"""
-    session.target.insert_breakpoint(*_parse_breakpoint(session, args))
-    return b"OK"
+    return _change_breakpoint(session, args, session.target.insert_breakpoint)
 
 
 def remove_breakpoint(session: Session, args: bytes) -> bytes:
     """z KIND,GVA,LENGTH"""
-    session.target.remove_breakpoint(*_parse_breakpoint(session, args))
-    return b"OK"
+    return _change_breakpoint(session, args, session.target.remove_breakpoint)
 
 
-def _parse_breakpoint(session: Session, args: bytes) -> tuple[BreakpointKind, int, int, int]:
+def _change_breakpoint(
+    session: Session, args: bytes, change: Callable[[BreakpointKind, int, int, int], None]
+) -> bytes:
     if b";" in args:  # to ignore a condition would stop where nobody asked to
         raise PacketError("breakpoint conditions and commands are not supported")
     kind, gva, length = split_numbers(args, 3)
     if kind not in BreakpointKind.__members__.values():
-        raise PacketError(f"there is no breakpoint kind {kind}")
-    if length not in (1, 2, 4, 8):
-        raise PacketError(f"a breakpoint has 1, 2, 4 or 8 bytes, not {length}")
-    return BreakpointKind(kind), session.selected(), gva, length
+        return b""  # a kind that did not exist yet: the empty reply says that it is unknown
+    if kind in (BreakpointKind.SOFTWARE, BreakpointKind.HARDWARE):
+        if length not in (1, 2, 4, 8):
+            raise PacketError(f"a breakpoint has 1, 2, 4 or 8 bytes, not {length}")
+    elif not length or gva + length > 1 << 64:  # gdb watches objects of any size
+        raise PacketError(f"{length} bytes cannot be watched at {gva:#x}")
+    change(BreakpointKind(kind), session.selected(), gva, length)
+    return b"OK"
 
 
 # ---- Threads ----
@@ -290,7 +297,7 @@ def attach(session: Session, args: bytes) -> bytes | None:
         return why_stopped(session, b"")
     if session.phase is not Phase.DETACHED:
         raise TargetError(EBUSY, session.phase.value)
-    session.target.interrupt()
+    session.target.attach()
     session.enter(Phase.RUNNING)
     return None
 

@@ -15,7 +15,7 @@ from enum import Enum, IntEnum
 from typing import NamedTuple
 
 from pyvmm.light import Protocol
-from pyvmm.registers import Architecture, Value, Values
+from pyvmm.registers import Architecture, RegisterFile, Value
 
 
 class TargetError(Exception):
@@ -52,7 +52,7 @@ class StopReport(NamedTuple):
     vcpu_id: int  # whose event it is; no meaning if EXITED or SIGNALLED
     signal: int = SIGTRAP
     kind: StopKind = StopKind.SIGNAL
-    gva: int = 0  # of the data, if WATCH, RWATCH or AWATCH
+    gva: int = 0  # of data, if WATCH, RWATCH or AWATCH: somewhere in what is watched
     status: int = 0  # the exit status, if EXITED
     message: str = ""  # for the user to read
 
@@ -111,6 +111,8 @@ class Target(Protocol):
     while all vCPUs are parked.
     """
 
+    last_error: str  # why the last packet was refused: the stub writes it, for `monitor error`
+
     # What it is.
 
     def vcpu_ids(self) -> Sequence[int]:
@@ -138,15 +140,15 @@ class Target(Protocol):
 
         A trap: gdb takes the map for virtual memory and asks for it only when it connects. Outside
         of it gdb 13 refuses every access and silently makes all breakpoints hardware ones. So the
-        ranges of RAM are a wrong answer for a guest that will ever map memory elsewhere.
+        ranges of RAM are a wrong answer for a guest that will ever map memory elsewhere, and so are
+        the addresses of the mode that it is in: it can switch to another during the session.
         """
 
     # Registers and memory.
 
-    def read_registers(self, vcpu_id: int, banks: int) -> Values:
-        """At least the registers of `banks` (of registers.Bank, added up), by the names in
-        registers.TABLE, and with Bank.SYSTEM also `cs_base`. Integers must fit the register's
-        width. What is missing is shown as unavailable."""
+    def read_registers(self, vcpu_id: int, banks: int) -> RegisterFile:
+        """The register file, of which at least `banks` (of registers.Bank, added up) are filled
+        in."""
 
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         """Write some registers: all or none."""
@@ -170,7 +172,8 @@ class Target(Protocol):
     # Breakpoints, for every vCPU; `vcpu_id` says whose paging the GVA belongs to.
 
     def insert_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
-        """Insert; it is fine if it is there. `length` is 1, 2, 4 or 8 bytes."""
+        """Insert; it is fine if it is there. `length` is 1, 2, 4 or 8 bytes; what is watched can
+        have any number of bytes, at any address. TargetError(ENOSPC) if it is too much."""
 
     def remove_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
         """Remove; it is fine if it is not there."""
@@ -184,17 +187,22 @@ class Target(Protocol):
         """Let the vCPUs in `actions` run, at least one; all others stay parked. So does a vCPU
         that is added while the VM runs, unless `newcomers_run`."""
 
-    def interrupt(self) -> None:
-        """Stop the VM and report SIGINT. Also called while it runs, or after detach(), when it
-        attaches again; does nothing if the VM is stopped."""
+    def interrupt(self) -> bool:
+        """Stop the VM and report SIGINT; False if it stops, or has stopped, for another reason.
+        Also called while it runs."""
 
     def detach(self) -> None:
         """Disarm everything and let the guest run on. Also called while it runs."""
+
+    def attach(self) -> None:
+        """Stop the VM again after detach() and report SIGTRAP, as at the beginning of a session.
+        Called while it runs."""
 
     def kill(self) -> None:
         """Remember to end the VM once the reply has been sent. Also called while it runs."""
 
     # More.
 
-    def monitor(self, command: str) -> str:
-        """Execute a `monitor` command line; return what the user shall read."""
+    def monitor(self, command: str, vcpu_id: int) -> str:
+        """Execute a `monitor` command line; return what the user shall read. `vcpu_id`: of the
+        thread that the user has selected."""

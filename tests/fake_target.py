@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pyvmm.registers import TABLE, Architecture, Bank, Value, Values
+from pyvmm.registers import TABLE, Architecture, Bank, RegisterFile, Value
 from pyvmm.rsp import PACKET_SIZE
 from pyvmm.session import MAX_DATA
 from pyvmm.target import (
@@ -26,12 +26,22 @@ def packets(text: str) -> list[bytes]:
     return text.encode().split()
 
 
+def register_file(values: Mapping[str, Value]) -> RegisterFile:
+    """The register file of a vCPU with these values, named as in the table, and `code_base`."""
+    sizes = {row.name: row.size for row in TABLE} | {"code_base": 8}
+    return b"".join(
+        value if isinstance(value := values[name], bytes) else value.to_bytes(size, "little")
+        for name, size in sizes.items()
+    )
+
+
 class FakeTarget:
     """A VM that does nothing but remember what it was asked, and is strict about when."""
 
     def __init__(self, vcpus: int = 2) -> None:
         self.vcpus = vcpus
         self.stopped = True
+        self.last_error = ""
         self.calls: list[tuple[object, ...]] = []
         self.arch = Architecture.X86_64
         self.report = StopReport(0)
@@ -45,7 +55,7 @@ class FakeTarget:
                 row.name: (vcpu_id << 8 | number) if row.bits <= 64 else bytes([number]) * row.size
                 for number, row in enumerate(TABLE)
             }
-            | {"cs_base": 0x10000}
+            | {"code_base": 0}
             for vcpu_id in range(vcpus)
         ]
 
@@ -76,21 +86,26 @@ class FakeTarget:
     def memory_map(self) -> Sequence[tuple[int, int]] | None:
         return self.ranges
 
-    def read_registers(self, vcpu_id: int, banks: int) -> Values:
+    def read_registers(self, vcpu_id: int, banks: int) -> RegisterFile:
         self._parked(vcpu_id)
         if self.refuse_registers:
             raise TargetError(5, "the registers are gone")
-        needed = {row.name for row in TABLE if row.bank & banks}
-        if banks & Bank.SYSTEM:
-            needed.add("cs_base")
-        return {name: value for name, value in self.registers[vcpu_id].items() if name in needed}
+        unasked = {row.name: 0 for row in TABLE if not row.bank & banks}
+        if not banks & Bank.SYSTEM:
+            unasked["code_base"] = 0
+        return register_file(self.registers[vcpu_id] | unasked)
 
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         self._parked(vcpu_id)
         if "cr0" in updates:
             raise TargetError(22, "CR0.PG needs CR0.PE #1")
         self.calls.append(("write_registers", vcpu_id, dict(updates)))
-        self.registers[vcpu_id].update(updates)
+        values = self.registers[vcpu_id]
+        values.update(updates)
+        if "rip" in updates:  # what is read is linear
+            code_base, rip = values["code_base"], updates["rip"]
+            assert isinstance(code_base, int) and isinstance(rip, int)
+            values["rip"] = code_base + rip
 
     def read_memory(self, vcpu_id: int, gva: int, length: int) -> bytes:
         self._parked(vcpu_id)
@@ -125,7 +140,7 @@ class FakeTarget:
 
     def insert_breakpoint(self, kind: BreakpointKind, vcpu_id: int, gva: int, length: int) -> None:
         self._parked(vcpu_id)
-        assert length in (1, 2, 4, 8)
+        assert length in (1, 2, 4, 8) or (kind > 1 and 0 < length <= (1 << 64) - gva)
         if kind is BreakpointKind.HARDWARE:
             raise TargetError(28, "all 4 hardware breakpoints are in use")
         self.calls.append(("insert", kind, vcpu_id, gva, length))
@@ -146,18 +161,25 @@ class FakeTarget:
         self.stopped = False
         self.calls.append(("resume", dict(actions), newcomers_run))
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         self.calls.append(("interrupt",))
+        return True
 
     def detach(self) -> None:
         self.stopped = False
         self.calls.append(("detach",))
 
+    def attach(self) -> None:
+        assert not self.stopped
+        self.calls.append(("attach",))
+
     def kill(self) -> None:
         self.calls.append(("kill",))
 
-    def monitor(self, command: str) -> str:
-        self._parked()
+    def monitor(self, command: str, vcpu_id: int) -> str:
+        self._parked(vcpu_id)
+        if command == "vcpu":
+            return f"{vcpu_id}\n"
         if command == "quiet":
             return ""
         if command == "long":

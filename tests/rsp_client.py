@@ -258,8 +258,11 @@ class RspClient:
 
     def monitor(self, command: str) -> str:
         """`monitor`: what it prints."""
-        reply = self.ask(b"qRcmd," + command.encode().hex().encode())
-        return "" if reply == b"OK" else bytes.fromhex(reply.decode()).decode()
+        text, reply = b"", self.ask(b"qRcmd," + command.encode().hex().encode())
+        while reply != b"OK":
+            assert reply.startswith(b"O"), reply
+            text, reply = text + bytes.fromhex(reply[1:].decode()), self.receive()
+        return text.decode()
 
     def detach(self) -> None:
         """`D`, then close."""

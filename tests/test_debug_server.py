@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from pyvmm.debug import Address, DebugServer, parse_address
 from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
-from pyvmm.rsp import Decoder
+from pyvmm.rsp import Decoder, escape
 from pyvmm.stop import StopReason
 from tests.conftest import GUESTS, REPOSITORY
 from tests.rsp_client import (
@@ -58,6 +59,7 @@ kvm = pytest.mark.kvm
         ("localhost:65535", Address("localhost", 65535)),
         ("0.0.0.0:1", Address("0.0.0.0", 1)),
         ("[::1]:5", Address("::1", 5)),
+        ("tcp::1234", Address("127.0.0.1", 1234)),
         ("unix:/tmp/x", Address(path="/tmp/x")),
         ("stdio", Address()),
     ],
@@ -165,7 +167,7 @@ def test_a_port_in_use_is_one_line_and_status_4() -> None:
 @pytest.mark.process
 @kvm
 @pytest.mark.parametrize(
-    "address", ["192.0.2.1:1", "no.such.host.invalid:1", "unix:/no/such/dir/s"]
+    "address", ["192.0.2.1:1", "no.such.host.invalid:1", "a..b:1", "unix:/no/such/dir/s"]
 )
 def test_an_address_that_cannot_be_used_is_one_line_and_status_4(address: str) -> None:
     result = pyvmm("--gdb", address, GUESTS / "hello.bin")
@@ -366,13 +368,18 @@ class _Pipes:
     def ask(self, payload: bytes) -> bytes:
         self.input.write(frame(payload))
         self.input.flush()
+        return self.receive()
+
+    def receive(self, *, acknowledge: bool = True) -> bytes:
+        """The next packet."""
         while True:
             data = os.read(self.output.fileno(), 4096)
             assert data, "stdout was closed"
             for event in self.decoder.receive(data):
                 if isinstance(event, bytes):
-                    self.input.write(b"+")
-                    self.input.flush()
+                    if acknowledge:
+                        self.input.write(b"+")
+                        self.input.flush()
                     return event
 
 
@@ -407,6 +414,23 @@ def test_stdio_that_nobody_reads_is_not_waited_for(pipes: _Pipes) -> None:
     pipes.input.flush()
     time.sleep(0.2)
     assert pipes.ask(b"?") == data.hex().encode(), "the first reply"
+    time.sleep(0.2)
+    pipes.process.send_signal(signal.SIGTERM)
+    assert pipes.process.wait(PATIENCE) == 143
+
+
+@pytest.mark.process
+@kvm
+def test_stdio_that_is_read_late_is_not_waited_for_afterwards(pipes: _Pipes) -> None:
+    """When the output has room again it does not follow that there is input."""
+    assert b"PacketSize" in pipes.ask(b"qSupported:swbreak+")
+    data = bytes(range(1, 17)) * 0x1000
+    assert pipes.ask(b"X110000,8000:" + escape(data[:0x8000])) == b"OK"
+    assert pipes.ask(b"X118000,8000:" + escape(data[0x8000:])) == b"OK"
+    pipes.input.write(frame(b"m110000,10000"))
+    pipes.input.flush()
+    time.sleep(0.2)  # the pipe fills
+    assert pipes.receive(acknowledge=False) == data.hex().encode()
     time.sleep(0.2)
     pipes.process.send_signal(signal.SIGTERM)
     assert pipes.process.wait(PATIENCE) == 143
@@ -451,6 +475,20 @@ def test_a_second_debugger_is_refused_and_the_first_is_not_disturbed(
         with debuggee.connect() as third:
             assert third.why().kind == "T"
     assert "second debugger was refused" in capfd.readouterr().err
+
+
+@kvm
+def test_a_debugger_whose_host_has_vanished_is_noticed() -> None:
+    """The kernel asks it for a sign of life; how that goes on cannot be tried with one host."""
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        assert client.why().kind == "T"
+        connection = debuggee.server._connection
+        assert connection is not None and isinstance(connection.socket, socket.socket)
+        option = connection.socket.getsockopt
+        assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        idle, interval, count = (option(socket.IPPROTO_TCP, getattr(socket, n)) for n in names)
+        assert idle + interval * count <= 60, "seconds"
 
 
 @kvm
@@ -499,7 +537,7 @@ def test_detach_and_attach_on_the_same_connection() -> None:
         client.ok("!")
         client.ok("D;1")
         debuggee.wait_counts()
-        assert client.resume("vAttach;1").kind == "T"
+        assert client.resume("vAttach;1").signal == 5, "nobody has pressed ^C"
         before = debuggee.counter()
         time.sleep(0.02)
         assert debuggee.counter() == before
@@ -520,6 +558,92 @@ def test_an_interrupt_after_a_detach_stops_nobody(interrupt: bytes) -> None:
         debuggee.wait_counts()
         client.close()
         debuggee.wait_counts()
+
+
+@kvm
+def test_resets_of_a_stopped_guest_leave_the_debugger_its_session() -> None:
+    """While a reset holds the vCPUs packets about them may be refused, and nothing else."""
+    packets = ("qThreadExtraInfo,1", "qXfer:threads:read::0,fff", "g", "qSupported:", "vCont;s:1")
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        for number in range(300):
+            debuggee.machine.request_reset()
+            packet = packets[number % len(packets)]
+            reply = client.ask(packet)
+            assert reply, packet
+            if packet.startswith("vCont") and reply[:1] != b"E":
+                assert parse_stop(reply).signal == 5
+        debuggee.wait_for(lambda: not client.ask("g").startswith(b"E"), "it is never released")
+        client.go()
+        debuggee.wait_counts()
+        assert client.break_in().signal == 2
+
+
+@contextmanager
+def stuck_in_a_device() -> Iterator[tuple[Debuggee, threading.Event, threading.Event]]:
+    """A guest whose first instruction does not return from its device; what says so, and what
+    lets it."""
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def write(offset: int, size: int, value: int) -> None:
+        stuck.set()
+        assert go_on.wait(PATIENCE)
+
+    out_then_count = bytes.fromhex("e610") + COUNT
+    prepare = partial(Machine.on_port, port=0x10, write=write)
+    with Debuggee(out_then_count, prepare=prepare) as debuggee:
+        try:
+            yield debuggee, stuck, go_on
+        finally:
+            go_on.set()
+
+
+@kvm
+def test_a_vcpu_that_does_not_stop_does_not_make_the_server_deaf(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
+    with stuck_in_a_device() as (debuggee, stuck, go_on), debuggee.connect() as client:
+        client.go()
+        assert stuck.wait(PATIENCE)
+        client.interrupt()
+        assert client.silent(0.5)
+        assert client.ask("vCtrlC") == b"OK"
+        with debuggee.connect(handshake=False) as second:
+            second.send("qC")
+            assert second.receive().startswith(b"E.another debugger")
+        go_on.set()
+        assert client.wait_stop().signal == 2
+        client.go()
+        debuggee.wait_counts()
+    assert capfd.readouterr().err.count("vcpu-0 does not stop") == 1
+
+
+@kvm
+def test_the_vm_can_be_killed_while_a_vcpu_does_not_stop() -> None:
+    with stuck_in_a_device() as (debuggee, stuck, go_on), debuggee.connect() as client:
+        client.go()
+        assert stuck.wait(PATIENCE)
+        client.interrupt()
+        assert client.ask("k") == b"X09"
+        go_on.set()
+        assert debuggee.wait_end().reason is StopReason.KILLED
+
+
+@kvm
+def test_a_debugger_that_comes_while_a_vcpu_does_not_stop_is_turned_away(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
+    with stuck_in_a_device() as (debuggee, stuck, go_on):
+        debuggee.connect().detach()
+        assert stuck.wait(PATIENCE)
+        with debuggee.connect(handshake=False) as client, pytest.raises(Closed):
+            client.receive()
+        go_on.set()
+        debuggee.wait_counts()
+        debuggee.connect().detach()
+        debuggee.wait_counts()
+    assert "vcpu-0 does not stop" in capfd.readouterr().err
 
 
 @kvm

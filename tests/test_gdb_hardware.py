@@ -172,6 +172,9 @@ def test_where_there_is_no_32_bit_paging_it_does_not_look_like_success(
 ) -> None:
     lacks("paging32")
     with debugging(tmp_path, "hello32.bin", "--mode", "protected") as gdb:
-        with pytest.raises(GdbError, match="this host cannot change bits 0x80000000 of cr0"):
+        with pytest.raises(GdbError, match="this host has no paging in 32-bit mode"):
             turn_paging_on(gdb, cr4_bit)
         assert "PG" not in gdb.evaluate("$cr0")
+        before = gdb.number("$pc")
+        gdb.resume("-exec-step-instruction")
+        assert gdb.number("$pc") > before, "a refused write has done something"

@@ -120,7 +120,7 @@ def test_before_the_first_message_dmesg_says_so() -> None:
 
 
 def test_a_file_that_the_user_names_goes_before(client: RspClient, tmp_path: Path) -> None:
-    path = tmp_path / "System.map"
+    path = tmp_path / "System.map of  mine"
     path.write_text(f"{START_KERNEL:x} T mine\n")
     client.set_register(RIP, START_KERNEL + 1)
     assert client.monitor(f"symbols {path}") == f"vCPU 0: at mine+0x1\nnames: {path}\n"

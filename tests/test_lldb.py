@@ -223,9 +223,8 @@ def test_kill_ends_the_vm(counter: Serving) -> None:
 
 def test_monitor(counter: Serving) -> None:
     text = lldb(counter, "process plugin packet monitor vcpus")
-    assert "packet: qRcmd" in text
-    answer = bytes.fromhex(text.partition("response: ")[2].split()[0]).decode()
-    assert answer.startswith("vCPU 0: rip 0x100000, ")
+    assert "\nvCPU 0: rip 0x100000, " in text, "as text, not in hex"
+    assert "response: OK" in text
 
 
 def test_32_bit_guest(tmp_path: Path) -> None:

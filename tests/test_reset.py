@@ -20,7 +20,7 @@ from pyvmm.machine import Machine
 from pyvmm.stop import StopReason
 from pyvmm.vcpu import StopVm
 from tests.conftest import GUESTS, REPOSITORY
-from tests.rsp_client import BASE, COUNT, RAM, RIP, Debuggee, flat_image
+from tests.rsp_client import BASE, COUNT, COUNT_INC, RAM, RIP, Debuggee, flat_image
 from tests.smp_guests import (
     FOREVER,
     IDLE,
@@ -406,7 +406,7 @@ def test_parked_processors_are_not_started_after_a_reset() -> None:
         debuggee.wait_counts(0)
         assert client.break_in().vcpu_id == 0
         assert client.monitor("vcpus").count("not started") == 2
-        assert client.register(RIP, 1) == client.register(RIP, 2) == 0xFFF0
+        assert client.register(RIP, 1) == client.register(RIP, 2) == 0xFFFF_FFF0
         client.go()
         debuggee.wait_counts(0)
         assert debuggee.counter(1) == debuggee.counter(2) == 0
@@ -452,3 +452,44 @@ def test_a_reset_that_somebody_else_asks_for_while_all_are_parked() -> None:
             client.go()
             debuggee.wait_counts(1)
             client.break_in()
+
+
+# --- a reset that a debugger asks for ------------------------------------------------------------
+
+
+def test_monitor_reset_begins_again_and_stays_before_the_first_instruction() -> None:
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        client.insert(COUNT_INC)
+        client.resume()
+        client.remove(COUNT_INC)
+        client.go()
+        debuggee.wait_counts()
+        client.break_in()
+        client.insert(COUNT_INC)
+        assert client.monitor("reset").startswith("the machine is reset")
+        assert client.register(RIP) == BASE
+        assert debuggee.counter() == 0
+        assert client.silent()
+        stop = client.resume()
+        assert stop.rip == COUNT_INC and "swbreak" in stop, "breakpoints stay"
+        client.remove(COUNT_INC)
+        client.go()
+        debuggee.wait_counts()
+
+
+def test_monitor_reset_after_a_crash_gives_the_guest_another_life() -> None:
+    with Debuggee(bytes.fromhex("90 0f0b")) as debuggee, debuggee.connect() as client:
+        for _ in range(3):
+            assert client.resume().signal == 11
+            client.monitor("reset")
+            assert client.register(RIP) == BASE
+        assert client.resume().signal == 11
+        assert client.resume().kind == "X"
+        assert debuggee.wait_end().reason is StopReason.CRASHED
+
+
+def test_monitor_reset_of_a_machine_that_must_not_reboot_is_refused() -> None:
+    with Debuggee(COUNT, reboot=False) as debuggee, debuggee.connect() as client:
+        assert "--no-reboot" in client.monitor("reset")
+        client.go()
+        debuggee.wait_counts()

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pyvmm import kvm
+from pyvmm import exits, kvm
 from pyvmm.boot import Mode, read_image
 from pyvmm.debug import DebugServer, parse_address
 from pyvmm.debuggedset import ALL
 from pyvmm.hostprobe import host
 from pyvmm.machine import Machine
+from pyvmm.mappings import mappings
 from pyvmm.registers import Architecture, layout
 from pyvmm.stop import StopReason
+from pyvmm.vcpu import VcpuThread
 from pyvmm.x86 import CR0_PG, CR4_PAE, DR6_BS, RFLAGS_TF
 from tests.conftest import GUESTS
 from tests.rsp_client import (
@@ -32,6 +36,7 @@ from tests.rsp_client import (
     COUNT_NOP,
     COUNTERS,
     EFLAGS,
+    PATIENCE,
     RAM,
     RIP,
     RSI,
@@ -199,7 +204,6 @@ def test_bhyve_thread_ids_and_lengths_are_checked() -> None:
             "M100000,1:0",
             "X100000,5:a",
             "Z0,100000,3",
-            "Z7,100000,1",
             "Z0,,1",
             "p999",
             "P10=00",
@@ -443,6 +447,17 @@ def test_range_step_stops_at_a_breakpoint_inside() -> None:
         assert stop.rip == INNER_ADD and "swbreak" in stop
 
 
+def test_range_step_stops_at_a_hardware_breakpoint_inside() -> None:
+    """Also at an instruction that pyvmm executes itself, for which the host has no hit."""
+    requires("step")
+    requires("hw-breakpoint")
+    for code in ("9c58", "9090"):  # pushf; pop rax
+        with debugging(bytes.fromhex("90" + code + "909090" + "ebfe")) as (client, _):
+            client.insert(BASE + 1, kind=1)
+            stop = client.resume(f"vCont;r{BASE:x},{BASE + 6:x}:1")
+            assert stop.rip == BASE + 1 and "hwbreak" in stop
+
+
 def test_range_step_for_ever_ends_with_an_interrupt() -> None:
     requires("step")
     with debugging(COUNT) as (client, debuggee):
@@ -494,15 +509,14 @@ def test_pushf_under_a_step_shows_the_guest_no_trap_flag() -> None:
             assert not client.register(register) & RFLAGS_TF, "TF is on the guest's stack"
 
 
-def test_the_trap_flag_of_the_guest_belongs_to_the_guest() -> None:
-    """The debugger reads it, writes it, and a step does not lose it."""
-    requires("step")
-    with debugging(COUNT) as (client, _):
+def test_the_trap_flag_can_be_read_and_written_before_a_step() -> None:
+    with debugging(COUNT) as (client, debuggee):
         flags = client.register(EFLAGS)
-        client.set_register(EFLAGS, flags | 1, size=4)
-        assert client.step().rip == BASE + 3
+        client.set_register(EFLAGS, flags | RFLAGS_TF, size=4)
+        assert client.register(EFLAGS) == flags | RFLAGS_TF
         client.set_register(EFLAGS, flags, size=4)
-        assert client.register(EFLAGS) == flags
+        client.go()
+        debuggee.wait_counts()  # there is no IDT: a #DB would be the end
 
 
 # Instructions, and how many stops each takes at most: a repetition of `rep` counts as one.
@@ -764,6 +778,15 @@ def test_rwatch_stops_at_reads_and_not_at_writes() -> None:
         assert client.break_in().signal == 2
 
 
+def test_rwatch_stops_at_a_read_of_what_the_debugger_has_written() -> None:
+    requires("watchpoint")
+    with debugging(READ_FOREVER) as (client, _):
+        client.insert(0x20000, kind=3, length=8)
+        for value in (b"a", b"b"):
+            assert client.resume().fields["rwatch"] == "20000"
+            client.write(0x20000, value * 8)
+
+
 def test_a_step_over_a_write_that_rwatch_ignores_is_still_one_step() -> None:
     requires("watchpoint")
     requires("step")
@@ -782,11 +805,17 @@ def test_awatch_stops_at_both() -> None:
             assert client.resume().fields["awatch"] == "20000"
 
 
-def test_a_watchpoint_that_is_not_aligned_is_refused() -> None:
+def test_a_watched_object_of_any_size_takes_several_debug_registers() -> None:
+    requires("watchpoint")
     with debugging(COUNT) as (client, _):
+        client.insert(0x1FFF4, kind=2, length=16)  # 4 + 8 + 4 bytes, the last of them the counter's
+        stop = client.resume()
+        assert (stop.fields["watch"], stop.rip) == ("20000", COUNT_JMP)
+        client.remove(0x1FFF4, kind=2, length=16)
+        client.insert(0x20000, kind=2, length=32)
         with pytest.raises(Refused):
-            client.insert(0x20004, kind=2, length=8)
-        assert "multiple of 8" in client.monitor("error")
+            client.insert(0x30000, kind=2, length=1)
+        assert "four" in client.monitor("error")
 
 
 # --- ring 3 --------------------------------------------------------------------------------------
@@ -978,6 +1007,74 @@ def test_each_vcpu_sees_memory_through_its_own_paging() -> None:
         assert client.read(0x200000 + BASE, 4) == code[:4]
 
 
+def test_a_breakpoint_is_planted_again_where_the_guest_has_loaded_other_code() -> None:
+    with debugging(COUNT) as (client, debuggee):
+        client.insert(COUNT_NOP)
+        planted = debuggee.memory(COUNT_NOP, 1)
+        debuggee.vm.memory.write(COUNT_NOP, b"\xf8")  # clc, as the guest itself would write it
+        assert client.read(COUNT_NOP, 1) == b"\xf8"
+        client.insert(COUNT_NOP)
+        assert debuggee.memory(COUNT_NOP, 1) == planted
+        assert client.read(COUNT_NOP, 1) == b"\xf8"
+        assert "swbreak" in client.resume()
+        client.remove(COUNT_NOP)
+        assert debuggee.memory(COUNT_NOP, 1) == b"\xf8"
+
+
+def test_a_breakpoint_on_an_instruction_that_looks_like_one_is_taken_out_again() -> None:
+    for own in (b"\xf4", b"\xcc"):
+        with debugging(own + COUNT) as (client, debuggee):
+            client.insert(BASE)
+            assert client.read(BASE, 1) == own
+            assert "swbreak" in client.resume()
+            client.remove(BASE)
+            assert debuggee.memory(BASE, 1) == own
+
+
+def hit_together(client: RspClient, debuggee: Debuggee, kind: type[exits.Exit]) -> tuple[int, int]:
+    """Resume until both vCPUs have an exit of this kind: whose is reported, and whose waits."""
+    handlers, both = debuggee.machine.handlers, threading.Barrier(2)
+    handler = handlers[kind]
+
+    def meet(cpu: VcpuThread, exit: exits.Exit) -> None:
+        both.wait(PATIENCE)
+        handler(cpu, exit)
+
+    handlers[kind] = meet
+    reported = client.resume().vcpu_id
+    handlers[kind] = handler
+    assert debuggee.server.run_control._states[1 - reported].owed is not None
+    return reported, 1 - reported
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_hit_that_was_not_reported_yet_is_dropped_where_the_debugger_moves_the_vcpu(
+    kind: int,
+) -> None:
+    """Two vCPUs hit, one is reported, and the other is sent somewhere else before its turn."""
+    if kind:
+        requires("hw-breakpoint")
+    with debugging(COUNT, cpus=2) as (client, debuggee):
+        client.insert(COUNT_NOP, kind)
+        _, other = hit_together(client, debuggee, exits.Db if kind else exits.Bpt)
+        client.set_register(RIP, COUNT_JMP, other)
+        client.go(f"vCont;c:{other + 1}")
+        stop = client.wait_stop()
+        assert (stop.vcpu_id, stop.rip) == (other, COUNT_NOP), "once around, to the breakpoint"
+
+
+def test_an_own_int3_that_was_not_reported_yet_is_dropped_when_nobody_wants_it() -> None:
+    requires("breakpoint")
+    code = COUNT[:9] + b"\xcc" + COUNT[10:]
+    with debugging(code, cpus=2, catch_int3=True) as (client, debuggee):
+        hit_together(client, debuggee, exits.Bpt)
+        client.monitor("catch-int3 off")
+        for vcpu_id in (0, 1):
+            client.set_register(RIP, COUNT_INC, vcpu_id)
+        # The int3 that either comes to next is the guest's, which has no IDT: a triple fault.
+        assert client.resume().signal == 11
+
+
 # --- ^C and stops --------------------------------------------------------------------------------
 
 
@@ -992,7 +1089,7 @@ def test_interrupt_stops_everything_and_reports_sigint() -> None:
         assert [debuggee.counter(n) for n in range(3)] == before
 
 
-def test_interrupt_while_stopped_is_ignored() -> None:
+def test_an_interrupt_before_the_guest_has_run_is_ignored() -> None:
     with debugging(COUNT) as (client, debuggee):
         for _ in range(3):
             client.interrupt()
@@ -1009,6 +1106,38 @@ def test_two_interrupts_give_one_stop() -> None:
         debuggee.wait_counts()
         client.send_raw(b"\x03\x03\x03")
         assert client.wait_stop().signal == 2
+        assert client.silent()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("when", ["at once", "between packets"])
+def test_an_interrupt_while_stopped_at_a_breakpoint_counts_when_the_guest_runs_again(
+    when: str, times: int
+) -> None:
+    """A debugger that goes on by itself, as a condition is false, could never be interrupted."""
+    with debugging(COUNT) as (client, debuggee):
+        client.insert(COUNT_NOP)
+        client.go()
+        assert "swbreak" in client.wait_stop()
+        if when == "between packets":
+            client.read(BASE, 1)
+        client.send_raw(b"\x03" * times)
+        assert client.ask("g")[:1] != b"E"
+        client.remove(COUNT_NOP)
+        client.go()
+        assert client.wait_stop().signal == 2
+        client.go()
+        debuggee.wait_counts()
+        assert client.silent(), "it was kept longer than that"
+
+
+def test_an_interrupt_after_the_stop_of_another_is_not_kept() -> None:
+    with debugging(COUNT) as (client, debuggee):
+        client.go()
+        assert client.break_in().signal == 2
+        client.interrupt()
+        client.go()
+        debuggee.wait_counts()
         assert client.silent()
 
 
@@ -1083,6 +1212,17 @@ def test_a_value_too_wide_for_its_register_is_refused_and_nothing_is_written() -
             assert client.ask("g") == before, name
 
 
+def test_a_value_that_kvm_refuses_is_refused_by_the_register_s_name() -> None:
+    with debugging(COUNT) as (client, _):
+        registers = layout(Architecture.X86_64, _has_avx(client))
+        for name, size in (("mxcsr", 4), ("cr4", 8)):
+            before = client.ask("g")
+            with pytest.raises(Refused):
+                client.set_register(registers.number_of[name], (1 << 8 * size) - 1, size=size)
+            assert client.monitor("error") == f"KVM refuses this value of {name}\n"
+            assert client.ask("g") == before
+
+
 def _has_avx(client: RspClient) -> bool:
     return b"avx" in client.ask("qXfer:features:read:target.xml:0,7000")
 
@@ -1141,3 +1281,49 @@ def test_a_run_limit_does_not_resume_what_the_debugger_keeps_parked() -> None:
                 assert client.break_in().signal == 2
         finally:
             server.close()
+
+
+@pytest.mark.parametrize("leave", ["vanish", "detach", "continue"])
+def test_nobody_runs_between_two_calls_of_run_whatever_a_debugger_does(leave: str) -> None:
+    def counter() -> int:
+        return int.from_bytes(machine.read_memory(COUNTERS, 8, physical=True), "little")
+
+    with Machine(flat_image(COUNT), irqchip=False, memory=RAM) as machine:
+        server = DebugServer(machine, parse_address("0"), wait=False)
+        try:
+            machine.run(timeout=0.05)
+            before = counter()
+            client = RspClient(server.address)
+            if leave == "detach":
+                client.detach()
+            elif leave == "continue":
+                client.go()
+                assert client.silent()
+                client.break_in()
+                client.go()
+                assert client.silent()
+            client.close()
+            time.sleep(0.05)
+            assert counter() == before
+            assert machine.registers()["rip"] in (COUNT_NOP, COUNT_INC, COUNT_JMP)
+            machine.run(timeout=0.05)
+            assert counter() > before
+        finally:
+            server.close()
+
+
+def test_a_region_is_told_only_as_far_as_the_page_tables_were_searched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Many entries of the top table lead to one and the same empty one."""
+    empty_table, gap = 0x60000, 1 << 39
+    with debugging(COUNT) as (client, debuggee):
+        top_table = debuggee.vm.state(0).get(kvm.kvm_sregs).cr3
+        debuggee.vm.memory.write(top_table + 8, struct.pack("<Q", empty_table | 3) * 200)
+        ask = b"qMemoryRegionInfo:%x" % gap
+        assert client.ask(ask) == b"start:%x;size:%x;" % (gap, (1 << 64) - gap)
+        monkeypatch.setattr("pyvmm.debugtarget.mappings", partial(mappings, max_entries=5000))
+        start, size = (
+            int(field.partition(b":")[2], 16) for field in client.ask(ask).split(b";")[:2]
+        )
+        assert start == gap and 0 < size < 1 << 47

@@ -66,6 +66,7 @@ AP_NOP, AP_INC, AP_JMP = AP + 9, AP + 10, AP + 13  # of COUNT, which the others 
 AP_FOREVER = AP + len(COUNT)  # where some have FOREVER
 ARRIVED = TICKS + 4  # GPA
 ARRIVE = increment(ARRIVED)
+SPIN_NOP = START + 11
 SPIN = bytes.fromhex("31ff") + COUNT  # xor edi, edi: the first processor counts in counter 0
 VECTOR_UD, VECTOR_BP = 6, 3
 UD_HANDLER = HANDLERS + 0x100 * VECTOR_UD
@@ -100,7 +101,7 @@ def states(client: RspClient) -> list[str]:
 def test_threads_say_that_they_are_not_started() -> None:
     with debugging(start_ap(2) + SPIN, cpus=3) as (client, debuggee):
         assert states(client) == ["running", "not started", "not started"]
-        assert client.register(RIP, 1) == 0xFFF0
+        assert client.register(RIP, 1) == 0xFFFF_FFF0, "the reset vector, linear"
         client.go()
         debuggee.wait_counts(2)
         client.break_in()
@@ -108,6 +109,20 @@ def test_threads_say_that_they_are_not_started() -> None:
         lines = client.monitor("vcpus").splitlines()
         assert ["not started" in line for line in lines] == [False, True, False]
         assert lines[1].startswith("vCPU 1: rip 0xfff0, not started, ")
+
+
+def test_breakpoints_in_the_kernel_can_be_set_with_any_thread_selected() -> None:
+    """One that is not started is in real mode, from where the kernel cannot even be reached."""
+    requires("breakpoint")
+    with debugging(SPIN) as (client, debuggee):
+        client.select(1)
+        client.insert(SPIN_NOP)
+        stop = client.resume()
+        assert (stop.vcpu_id, stop.rip) == (0, SPIN_NOP)
+        client.select(1)
+        client.remove(SPIN_NOP)
+        client.go()
+        debuggee.wait_counts()
 
 
 def test_not_started_and_suspended_are_two_things() -> None:
@@ -119,7 +134,7 @@ def test_not_started_and_suspended_are_two_things() -> None:
         client.break_in()
         assert states(client) == ["running", "running", "running"]
         assert debuggee.counter(1) == 0
-        assert client.register(RIP, 1) == 0, "at the first instruction of the page it was sent to"
+        assert client.register(RIP, 1) == TRAMPOLINE, "where it was sent to"
         client.go()
         debuggee.wait_counts(1)
         client.break_in()
@@ -167,7 +182,9 @@ def test_a_hardware_breakpoint_stops_a_processor_at_its_first_instruction() -> N
     with debugging(start_aps() + SPIN) as (client, debuggee):
         client.insert(TRAMPOLINE, kind=1)
         stop = client.resume()
-        assert (stop.vcpu_id, stop.rip, "hwbreak" in stop) == (1, 0, True)
+        # gdb compares this with its breakpoints: so not IP, which is 0.
+        assert (stop.vcpu_id, stop.rip, "hwbreak" in stop) == (1, TRAMPOLINE, True)
+        client.set_register(RIP, TRAMPOLINE, 1)
         assert "real mode" in client.monitor("vcpus").splitlines()[1]
         client.remove(TRAMPOLINE, kind=1)
         client.go()
@@ -396,7 +413,7 @@ def test_a_step_of_a_processor_that_is_not_started_ends_when_it_is() -> None:
         assert client.silent()
         debuggee.machine.write_memory(TICKS, b"\1", physical=True)
         stop = client.wait_stop()
-        assert (stop.vcpu_id, stop.signal, stop.rip in (0, 7)) == (1, 5, True)
+        assert (stop.vcpu_id, stop.signal, stop.rip - TRAMPOLINE in (0, 7)) == (1, 5, True)
         if stop.rip == 0:
             assert client.step(1).rip == 7
         client.go()
@@ -412,14 +429,14 @@ def test_a_processor_is_stepped_from_real_mode_into_64_bit_mode() -> None:
         client.go("vCont;s:2")
         assert client.silent()
         client.break_in()
-        assert client.register(RIP, 1) == 0xFFF0
+        assert client.register(RIP, 1) == 0xFFFF_FFF0
         client.go("vCont;c:1")
         debuggee.wait_counts(0)
         client.break_in()
-        assert client.register(RIP, 1) == 0
+        assert client.register(RIP, 1) == TRAMPOLINE
         offsets = (7, 13, 16, 22, 25, 31, 34, 40, 42, 48, 51)
         rips = [client.step(1).rip for _ in range(len(offsets) + 3)]
-        assert rips[: len(offsets)] == list(offsets)
+        assert rips[: len(offsets)] == [TRAMPOLINE + offset for offset in offsets]
         assert rips[-3] == TRAMPOLINE + 0x41, "the far jump"
         assert rips[-1] > rips[-3]
         assert "64-bit mode" in client.monitor("vcpus").splitlines()[1]

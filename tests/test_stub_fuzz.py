@@ -76,7 +76,7 @@ class Server:
         if reply is None:
             assert self.stub.session.phase is Phase.RUNNING
             return
-        assert escaped_length(reply) <= PACKET_SIZE + 1
+        assert escaped_length(reply) <= PACKET_SIZE
         self.link.send(reply)
 
     def stop(self) -> None:
