@@ -50,17 +50,20 @@ class VcpuThread(threading.Thread):
         """The thread's body; threading.Thread calls it."""
         try:
             self.vm.activate_cpu(self.vcpu_id)
-            try:
-                self.active.set()
-                self._loop()
-            finally:
-                self.vm.deactivate_cpu(self.vcpu_id)
+        except BaseException as error:
+            self.machine.fail(error, self.vcpu_id)
+            return
+        finally:
+            self.active.set()
+        try:
+            self._loop()
         except StopVm as stop:
             self.machine.stop(stop.stop)
         except BaseException as error:  # an exception that dies with its thread helps nobody
             self.machine.fail(error, self.vcpu_id)
         finally:
-            self.active.set()
+            # Not before the VM has ended: a debugger's stop would be complete without this vCPU.
+            self.vm.deactivate_cpu(self.vcpu_id)
 
     def _loop(self) -> None:
         """The run loop."""
