@@ -21,8 +21,8 @@ from pyvmm.debug import Address, DebugServer, parse_address
 from pyvmm.machine import Machine
 from pyvmm.rsp import Event, Link, encode
 from pyvmm.stop import Stop
+from tests.support import PATIENCE
 
-PATIENCE = 30.0  # seconds to wait for what must come: never reached unless there is a bug
 BASE = 0x100000  # where the guests made here are loaded
 RAM = 4 << 20  # bytes
 COUNTERS = 0x20000  # GPA; 64 bytes for each vCPU

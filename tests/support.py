@@ -29,7 +29,8 @@ NOP = b"\x90"
 COUNTERS = 0x20000  # GPA; 64 bytes a vCPU
 MMIO_GVA, MMIO_GPA = 0x20_0000, 0xE000_0000  # 2 MiB without RAM, mapped in LONG and USER
 
-PATIENCE = 20.0  # seconds to wait for what must happen: never reached unless there is a bug
+# Seconds to wait for what must happen: never reached unless there is a bug.  (More on slow hosts.)
+PATIENCE = 30.0
 _SYNCHRONOUS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 
 OnExit = Callable[[exits.Exit], None]

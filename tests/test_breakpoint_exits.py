@@ -195,8 +195,9 @@ def test_breakpoint_written_under_running_vcpus_stops_each_of_them() -> None:
 
         def on_exit_of(vcpu_id: int) -> None:
             def hit(exit: exits.Exit) -> None:
-                hits.append((vcpu_id, exit, vm.get_register(vcpu_id, Register.RIP)))
-                vm.suspend_cpu(vcpu_id)
+                rip = vm.get_register(vcpu_id, Register.RIP)
+                vm.suspend_cpu(vcpu_id)  # first: who sees the hit waits until it is parked
+                hits.append((vcpu_id, exit, rip))
 
             bench.start(vcpu_id, hit)
 

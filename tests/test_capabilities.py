@@ -105,8 +105,8 @@ def test_capability_takes_effect_on_a_vcpu_that_is_running() -> None:
         bench.write(HANDLERS + 16 * VECTOR_BP, b"\x48\xcf")  # iretq
 
         def hit(exit: exits.Exit) -> None:
+            bench.vm.suspend_cpu(0)  # first: who sees the exit waits until it is parked
             seen.append(exit)
-            bench.vm.suspend_cpu(0)
 
         bench.start(on_exit=hit)
         for _ in range(20):

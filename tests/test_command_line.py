@@ -409,7 +409,7 @@ def test_a_report_that_nobody_reads_changes_no_status(
 @pytest.mark.parametrize("options", [(), ("--trace",)])
 def test_input_reaches_com1_all_of_it_and_in_order(tmp_path: Path, options: tuple[str]) -> None:
     text = "".join(chr(ord("A") + n % 26) for n in range(100)) + "q"
-    arguments = (flat(tmp_path, ECHO_UNTIL_Q), *options, "--timeout", "5")
+    arguments = (flat(tmp_path, ECHO_UNTIL_Q), *options, "--timeout", PATIENCE)
     result = pyvmm(*arguments, input=text, stdin=None)
     assert (result.stdout, result.returncode) == (text, 0)
 
@@ -555,7 +555,7 @@ def test_control_c_in_a_terminal_ends_the_guest(tmp_path: Path) -> None:
     ("code", "options", "status"),
     [
         (PRINT_AND_SPIN[:-2] + b"\x0f\x0b", [], 6),
-        (PRINT_AND_SPIN, ["--timeout", "0.3"], 124),
+        (PRINT_AND_SPIN, ["--timeout", "1.5"], 124),
         (PRINT_AND_SPIN[:-2] + b"\xe6\xf4", [], (ord("x") << 1 | 1) & 0xFF),
     ],
     ids=["crash", "timeout", "debug-exit"],

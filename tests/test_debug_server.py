@@ -262,7 +262,7 @@ def test_a_vanished_debugger_lets_the_guest_run_to_its_end() -> None:
 @pytest.mark.process
 @kvm
 def test_timeout_counts_while_the_debugger_waits() -> None:
-    with served(GUESTS / "hello.bin", "--timeout", "0.5") as server, server.connect() as client:
+    with served(GUESTS / "hello.bin", "--timeout", "3") as server, server.connect() as client:
         assert client.register(RIP) == BASE
         status, _, complaints = server.finish()
         assert status == 124 and "time limit" in complaints
@@ -278,7 +278,7 @@ def test_timeout_without_a_debugger_ends_the_wait() -> None:
 @pytest.mark.process
 @kvm
 def test_timeout_while_the_guest_runs_is_told() -> None:
-    with served(GUESTS / "counter.bin", "--timeout", "0.5") as server, server.connect() as client:
+    with served(GUESTS / "counter.bin", "--timeout", "3") as server, server.connect() as client:
         stop = client.resume()
         assert (stop.kind, stop.signal) == ("W", 124)
         assert server.finish()[0] == 124
@@ -292,7 +292,7 @@ def test_a_signal_ends_pyvmm_while_a_debugger_is_there(number: int, running: boo
     with served(GUESTS / "counter.bin") as server, server.connect() as client:
         if running:
             client.go()
-            time.sleep(0.05)
+            assert client.ask("qC").startswith(b"E"), "it runs"
         server.process.send_signal(number)
         assert server.finish()[0] == 128 + number
         if running:
@@ -601,10 +601,10 @@ def stuck_in_a_device() -> Iterator[tuple[Debuggee, threading.Event, threading.E
 def test_a_vcpu_that_does_not_stop_does_not_make_the_server_deaf(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
     with stuck_in_a_device() as (debuggee, stuck, go_on), debuggee.connect() as client:
         client.go()
         assert stuck.wait(PATIENCE)
+        monkeypatch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
         client.interrupt()
         assert client.silent(0.5)
         assert client.ask("vCtrlC") == b"OK"
@@ -633,12 +633,13 @@ def test_the_vm_can_be_killed_while_a_vcpu_does_not_stop() -> None:
 def test_a_debugger_that_comes_while_a_vcpu_does_not_stop_is_turned_away(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
     with stuck_in_a_device() as (debuggee, stuck, go_on):
         debuggee.connect().detach()
         assert stuck.wait(PATIENCE)
-        with debuggee.connect(handshake=False) as client, pytest.raises(Closed):
-            client.receive()
+        with monkeypatch.context() as patch:
+            patch.setattr("pyvmm.debug._STOP_SECONDS", 0.1)
+            with debuggee.connect(handshake=False) as client, pytest.raises(Closed):
+                client.receive()
         go_on.set()
         debuggee.wait_counts()
         debuggee.connect().detach()

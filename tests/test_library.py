@@ -19,12 +19,12 @@ from pyvmm import GuestMemoryError, Machine, Mode, StopReason, machine, paging, 
 from pyvmm.boot import Image
 from pyvmm.hostprobe import host
 from tests.conftest import GUESTS
+from tests.support import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kvm
 
 HELLO, COUNTER = GUESTS / "hello.bin", GUESTS / "counter.bin"
 TEXT = b"Hello from long mode!\n"
-PATIENCE = 10
 
 
 def guest(tmp_path: Path, code: str | bytes, **options: Any) -> Image:
@@ -388,16 +388,17 @@ def test_registers_of_a_running_guest_are_busy() -> None:
         errors: list[OSError] = []
 
         def look() -> None:
+            wait_until(lambda: counted(vm) > 0, "it runs")
             try:
                 vm.get_register("rip")
             except OSError as error:
                 errors.append(error)
             vm.interrupt()
 
-        timer = threading.Timer(0.1, look)
-        timer.start()
+        thread = threading.Thread(target=look)
+        thread.start()
         vm.run(timeout=PATIENCE)
-        timer.join()
+        thread.join()
         assert len(errors) == 1 and "suspend" in str(errors[0])
         assert vm.get_register("rip") in range(0x100000, 0x100018)
 
@@ -534,14 +535,14 @@ def test_it_works_in_a_process_with_many_open_files() -> None:
         "kept = [os.dup(0) for _ in range(1050)]\n"
         "import pyvmm\n"
         "with pyvmm.Machine(sys.argv[1]) as vm:\n"
-        "    print(vm.run(timeout=5).reason.name, bytes(vm.output).decode())\n"
+        "    print(vm.run().reason.name, bytes(vm.output).decode())\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, HELLO],
         env={**os.environ, "PYTHONPATH": str(GUESTS.parent)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE,
     )
     assert result.stdout == "HALTED " + TEXT.decode() + "\n", result.stderr[-300:]
 
@@ -555,7 +556,7 @@ def test_importing_pyvmm_touches_no_device() -> None:
         "    assert '/dev/kvm' not in [os.readlink(fd.path) for fd in fds]\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(GUESTS.parent)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=PATIENCE)
 
 
 def test_the_public_names_are_there_and_documented() -> None:

@@ -42,7 +42,8 @@ def with_kernel(offset: int = MOVED, messages: int = 3, is_linux: bool = True) -
 
 def use_kernels_page_tables(debuggee: Debuggee) -> None:
     """As a kernel that runs: the guest's own do not have it."""
-    assert not debuggee.vm.wait_parked((0,), PATIENCE), "it does not wait for a debugger"
+    debuggee.wait_for(lambda: debuggee.vm.debug_cpus() == {0}, "it waits for a debugger")
+    assert not debuggee.vm.wait_parked((0,), PATIENCE)
     handle = debuggee.vm.state(0)
     sregs = handle.get(kvm_sregs)
     sregs.cr3 = KERNEL_GPA + PAGE_TABLES

@@ -161,13 +161,18 @@ def test_no_reboot_on_the_command_line(tmp_path: Path) -> None:
 
 def test_our_guest_runs_again_after_a_reset() -> None:
     """smp.elf powers off; it is reset after its first line instead, and then does all."""
-    with Running(Machine(read_image(GUESTS / "smp.elf"), cpus=2)) as running:
-        machine = running.machine
-        wait_until(lambda: b"processors: " in machine.output, "it has started the others")
-        machine.request_reset()
-        assert running.wait_end().reason is StopReason.POWERED_OFF
-        assert machine.output.count(b"smp: starting") == 2
-        assert machine.output.endswith(b"smp: ok\n")
+    printed = bytearray()
+
+    def output(data: bytes) -> None:  # on the vCPU's thread: it executes nothing meanwhile
+        asked = b"processors: " in printed
+        printed.extend(data)
+        if not asked and b"processors: " in printed:  # it has started the others
+            machine.request_reset()
+
+    with Machine(read_image(GUESTS / "smp.elf"), cpus=2, output=output) as machine:
+        assert machine.run(timeout=PATIENCE).reason is StopReason.POWERED_OFF
+        assert printed.count(b"smp: starting") == 2
+        assert printed.endswith(b"smp: ok\n")
 
 
 # --- power-on state ------------------------------------------------------------------------------
@@ -232,8 +237,10 @@ def test_a_reset_brings_back_the_state_of_power_on() -> None:
     machine = pc(smp_image(boots(3, bsp), ap, handlers), cpus=2)
     power_on, memory = power_on_state(machine), machine.vm.memory.read(0, RAM)
     differences: list[str] = []
+    resets: list[None] = []
 
     def compare() -> None:
+        resets.append(None)
         for name, value in power_on_state(machine).items():
             if value != power_on[name]:
                 differences.append(name)
@@ -242,12 +249,12 @@ def test_a_reset_brings_back_the_state_of_power_on() -> None:
 
     machine.on_reset(compare)
     with Running(machine) as running:
-        for _ in range(2):
+        for count in range(1, 3):
             wait_until(lambda: u32(machine, TICKS + 4) == 1 and counter(machine, 1) > 0, "it runs")
             machine.vm.inject_nmi(0)
             machine.vm.set_irq(4, True)
             machine.request_reset()
-            wait_until(lambda: u32(machine, TICKS + 4) == 0, "it is reset")
+            wait_until(lambda count=count: len(resets) == count, "it is reset")
         assert running.wait_end().reason is StopReason.POWERED_OFF
     assert differences == []
 
@@ -356,41 +363,37 @@ def test_a_reset_that_is_asked_for_while_the_machine_looks_whether_it_idles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both keep the vCPUs out of the guest for a moment: the shorter one must not end the other."""
-    with Running(pc(smp_image(boots(2, increment(TICKS) + IDLE)), cpus=2)) as running:
-        machine, vm = running.machine, running.machine.vm
+    machine = pc(smp_image(boots(2, increment(TICKS) + IDLE)), cpus=2)
+    vm, held = machine.vm, []
 
-        def ask_for_a_reset() -> bool:
-            machine.request_reset()
-            return False
+    def ask_for_a_reset() -> bool:
+        machine.request_reset()
+        return False
 
-        held = []
-        machine.on_reset(lambda: held.append([vm._vcpus[n].held for n in range(2)]))
-        monkeypatch.setattr(vm, "all_wait_for_good", ask_for_a_reset)
+    machine.on_reset(lambda: held.append([vm._vcpus[n].held for n in range(2)]))
+    monkeypatch.setattr(vm, "all_wait_for_good", ask_for_a_reset)
+    with Running(machine) as running:
         assert running.wait_end().reason is StopReason.POWERED_OFF
         assert held == [[True, True]]
 
 
-# --- with a debugger that keeps some parked ------------------------------------------------------
+# --- with a debugger -----------------------------------------------------------------------------
 
 STARTED = bytes.fromhex("833c25") + struct.pack("<IB", TICKS, 2) + b"\x72\xf6"  # 1: cmp; jb 1b
 COUNT_IN = increment(TICKS) + COUNT
 
 
 @pytest.mark.parametrize("reset", [KEYBOARD_RESET, CF9_RESET], ids=["0x64", "0xcf9"])
-def test_a_reset_while_the_debugger_keeps_the_others_parked(reset: bytes) -> None:
-    """The first processor alone is resumed; the others stay where they are, and are not started."""
+def test_resets_while_a_debugger_lets_all_run(reset: bytes) -> None:
+    """Each time the first processor waits for the others, which the debugger must not hold."""
     bsp = start_aps() + STARTED + b"\x90" + boots(3, reset)
     image = smp_image(bsp, COUNT_IN)
     with Debuggee(image, cpus=3, irqchip=True) as debuggee, debuggee.connect() as client:
-        vm, resets = debuggee.vm, []
+        resets: list[None] = []
         debuggee.machine.on_reset(lambda: resets.append(None))
-        client.go()
-        debuggee.wait_counts(1)
-        debuggee.wait_for(lambda: len(resets) == 1, "it is reset")
-        debuggee.wait_counts(2)
-        debuggee.wait_for(lambda: len(resets) == 2, "it is reset")
-        assert (stop := client.wait_stop()).kind == "W" and stop.signal == 0
-        assert vm.ended
+        stop = client.resume()
+        assert (stop.kind, stop.signal, len(resets)) == ("W", 0, 2)
+        assert debuggee.vm.ended
 
 
 def test_parked_processors_are_not_started_after_a_reset() -> None:

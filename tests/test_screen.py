@@ -20,8 +20,8 @@ import pytest
 from pyvmm.devices.vga import BLANK_SCREEN, COLUMNS, ROWS, SCREEN_BYTES, TEXT_BYTES, TEXT_GPA, Vga
 from pyvmm.screen import LiveScreen, Screen
 from tests.conftest import open_fds
+from tests.support import PATIENCE
 
-PATIENCE = 20.0  # seconds to wait for what must happen
 GREY_ON_BLACK, WHITE_ON_BLUE = 0x07, 0x1F
 CRTC = 0x14  # offset of the index port
 

@@ -13,11 +13,11 @@ import pytest
 
 from pyvmm import ImageError, Machine, StopReason, handles, machine, memory
 from tests.conftest import GUESTS, open_fds
+from tests.support import PATIENCE
 
 pytestmark = pytest.mark.kvm
 
 HELLO, COUNTER = GUESTS / "hello.bin", GUESTS / "counter.bin"
-PATIENCE = 10
 
 
 @pytest.fixture(autouse=True)

@@ -302,7 +302,7 @@ def test_a_wait_in_vain_is_reported_with_output_place_and_registers(
             "multiboot: hello",
             "> ",
             "it has not ended",
-            "vCPU 0: *at *+0x*",
+            "vCPU 0: *at *",
             "vCPU 1: not started",
             "rip 0x*64-bit mode",
         ]

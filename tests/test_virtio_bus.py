@@ -16,10 +16,9 @@ from pyvmm.devices.virtqueue import Virtqueue, fill
 from pyvmm.lab import LabMode
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio_bus import VirtioBus
-from tests.support import MMIO_GPA, MMIO_GVA, Bench, wait_until
+from tests.support import MMIO_GPA, MMIO_GVA, PATIENCE, Bench, wait_until
 from tests.virtio_driver import Areas, Driver, guest_memory
 
-PATIENCE = 20.0
 QUEUE_NOTIFY = 0x050
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from pyvmm import cli
 from pyvmm.devices.virtio_console import VirtioConsole
+from tests.support import PATIENCE
 from tests.virtio_driver import RAM, Areas, Driver, guest_memory
 
 RECEIVE, TRANSMIT = 0, 1
 USED, CONFIG = 1, 2
-PATIENCE = 20.0
 
 
 class Terminal:

@@ -11,6 +11,7 @@ import pytest
 from pyvmm.devices.virtio import VirtioDevice, VirtioMmio
 from pyvmm.devices.virtqueue import Virtqueue, fill
 from pyvmm.memory import GuestMemory
+from tests.support import PATIENCE
 from tests.virtio_driver import (
     ACKNOWLEDGE,
     DRIVER,
@@ -27,7 +28,6 @@ USED, CONFIG = 1, 2  # reasons of an interrupt
 INDIRECT_DESC = 1 << 28
 OWN_FEATURE = 1 << 5
 WIDTHS = (1, 2, 4, 8)
-PATIENCE = 20.0
 
 
 class Echo(VirtioDevice):
