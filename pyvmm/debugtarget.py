@@ -162,18 +162,21 @@ class MachineTarget:
 
     def read_registers(self, vcpu_id: int, banks: int) -> RegisterFile:
         """See Target."""
-        known, file = self._registers.get(vcpu_id, (0, b""))
+        registers = self._registers
+        known, file = registers.get(vcpu_id, (0, b""))
         if banks & ~known:
             known |= banks
             with _errors:
                 file = debugstate.read(self.vm.state(vcpu_id), known)
-            self._registers[vcpu_id] = known, file
+            registers[vcpu_id] = known, file
         return file
 
     def _forget(self) -> None:
-        """The guest runs, or something was written: what was read of it may have changed."""
-        self._views.clear()
-        self._registers.clear()
+        """The guest runs, or something was written: what was read of it may have changed.
+
+        A reset comes on another thread: what is being read then is kept in the old ones.
+        """
+        self._views, self._registers = {}, {}
 
     def write_registers(self, vcpu_id: int, updates: Mapping[str, Value]) -> None:
         """See Target."""
@@ -185,11 +188,12 @@ class MachineTarget:
 
     def view(self, vcpu_id: int) -> VirtualMemory:
         """Guest memory as a vCPU sees it."""
-        view = self._views.get(vcpu_id)
+        views = self._views
+        view = views.get(vcpu_id)
         if view is None:
             with _errors:
                 sregs = self.vm.state(vcpu_id).get(kvm_sregs)
-            view = self._views[vcpu_id] = VirtualMemory(self.vm.memory, sregs)
+            view = views[vcpu_id] = VirtualMemory(self.vm.memory, sregs)
         return view
 
     def _pieces(self, vcpu_id: int, gva: int, length: int) -> Iterator[tuple[int, int]]:

@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pyvmm import kvm, x86
+from pyvmm import debugstate, kvm, x86
 from pyvmm.boot import Mode
+from pyvmm.handles import VcpuHandle
 from pyvmm.machine import Machine
-from tests.rsp_client import COUNT, RAM, Debuggee, Refused, RspClient, flat_image
+from pyvmm.registers import RegisterFile
+from tests.rsp_client import BASE, COUNT, RAM, RIP, Debuggee, Refused, RspClient, flat_image
 from tests.support import HALT
 
 pytestmark = pytest.mark.kvm
@@ -132,3 +134,28 @@ def test_a_region_without_ram_ends_where_there_is_ram_again() -> None:
         assert region(hole) == b"start:%x;size:%x;" % (hole, ram - hole)
         assert region(ram) == b"start:%x;size:1000;permissions:rwx;" % ram
         assert region(ram + 0x1000).startswith(b"start:%x;" % (ram + 0x1000))
+
+
+# ---- Registers ----
+
+
+def test_registers_that_were_read_during_a_reset_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A library can ask for a reset at any time: it is made on the machine's own thread."""
+    with Debuggee(COUNT) as debuggee, debuggee.connect() as client:
+        client.set_register(RIP, BASE + 1)
+        read = debugstate.read
+
+        def read_before_the_reset(vcpu: VcpuHandle, banks: int) -> RegisterFile:
+            monkeypatch.undo()
+            file = read(vcpu, banks)
+            debuggee.machine.request_reset()
+            debuggee.wait_for(lambda: resets == [None], "it is reset")
+            return file
+
+        resets: list[None] = []
+        debuggee.machine.on_reset(lambda: resets.append(None))
+        monkeypatch.setattr(debugstate, "read", read_before_the_reset)
+        assert client.register(RIP) == BASE + 1
+        assert client.register(RIP) == BASE
