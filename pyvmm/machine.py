@@ -242,7 +242,7 @@ class Machine:
     def _wait_out(self) -> None:
         """Wait until the vCPUs that are suspended, or held, are."""
         late = self.vm.wait_out(_PATIENCE_SECONDS)
-        if late:
+        if late and not self.vm.ended:  # after the end nobody is late: they are joined
             self._hurry()
             late = self.vm.wait_out(_JOIN_SECONDS)
         if late and not self.vm.ended:

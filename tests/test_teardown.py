@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyvmm import ImageError, Machine, StopReason, handles, machine, memory
+from pyvmm.stop import Stop
 from tests.conftest import GUESTS, open_fds
 from tests.support import PATIENCE
 
@@ -246,6 +248,24 @@ def test_a_time_limit_with_a_thread_that_does_not_stop_does_not_hang(stuck: Stuc
     stuck.thread.join(PATIENCE)
     assert not hung, "run(timeout=0.5) waited for a callback without end"
     assert len(stuck.outcome) == 1
+
+
+def test_no_output_is_dropped_where_the_vm_ends_while_it_is_interrupted(tmp_path: Path) -> None:
+    guest = tmp_path / "ends.bin"
+    guest.write_bytes(bytes.fromhex("66ba0010 ee f4"))  # mov dx, 0x1000; out; hlt
+    hurried: list[None] = []
+
+    def write(offset: int, size: int, value: int) -> None:
+        vm.interrupt()
+        time.sleep(0.05)  # it waits for us
+        vm.stop(Stop(StopReason.KILLED, "enough"))
+        time.sleep(0.05)  # as a vCPU that still prints
+
+    with Machine(guest) as vm:
+        vm.on_hurry(lambda: hurried.append(None))
+        vm.on_port(0x1000, write=write)
+        assert vm.run(timeout=PATIENCE).reason is StopReason.KILLED
+        assert hurried == []
 
 
 def test_the_thread_that_does_not_stop_is_named_when_another_vcpu_ends_the_vm(
