@@ -149,8 +149,8 @@ class DebugServer:
         return self._address
 
     def start(self) -> None:
-        """Begin to serve.  machine.run() calls it when its vCPUs are active."""
-        if self._thread.ident is None:
+        """Begin to serve, once.  machine.run() calls it when its vCPUs are active."""
+        if self._thread.ident is None and not self._finished.is_set():
             if self.run_control.catch_int3:
                 self.run_control.breakpoints.catch_int3 = True
                 if not self.machine.vm.host.breakpoint:
@@ -177,7 +177,10 @@ class DebugServer:
         self.close()
 
     def close(self) -> None:
-        """Stop serving; close all descriptors.  Closing again does nothing."""
+        """Stop serving; close all descriptors.  Closing again does nothing.
+
+        A VM that has not ended is as if no debugger had been there, and can be run on.
+        """
         if self._wake < 0:
             return
         self._finished.set()
@@ -198,6 +201,8 @@ class DebugServer:
         with self._wake_lock:
             os.close(self._wake)
             self._wake = -1
+        if not self.machine.vm.ended:
+            self.target.detach()
 
     # --- the gdb thread --------------------------------------------------------------------------
 
@@ -237,13 +242,15 @@ class DebugServer:
         """Tell the debugger of a stop that is complete; or the user, if we have waited long."""
         connection = self._connection
         self._patience = None
-        if connection is None or not connection.stub.owes_reply or self.machine.vm.ended:
+        if connection is None or not connection.stub.owes_reply:
             return
         self._patience = _STOP_SECONDS * 1000  # nobody wakes us for a stop that is never complete
         report = self.run_control.stop
         if report is None:
             return
         late = self.run_control.wait_stopped(0)
+        if self.machine.vm.ended:  # asked last: its vCPUs are not late, they have gone
+            return
         if not late:
             connection.send_stop(report)
             self._send(connection)

@@ -32,7 +32,10 @@ class IdleWatch:
         self._looked_at: list[int] = []
 
     def check(self) -> bool:
-        """Whether all vCPUs wait for an interrupt that cannot come."""
+        """Whether all vCPUs wait for an interrupt that cannot come.
+
+        If so they stay held: nobody is to find them stopped before the VM has been ended.
+        """
         if not all(waiting.read() for waiting in self._waiting):
             return False
         exits = [count.read() for count in self._exits]
@@ -40,12 +43,15 @@ class IdleWatch:
             return False
         if not self._vm.hold_unless_debugged("idle"):
             return False
+        for_good = False
         try:
             self._looked_at = exits
             late = self._vm.wait_out(_PATIENCE_SECONDS)
-            return not late and self._vm.all_wait_for_good()
+            for_good = not late and self._vm.all_wait_for_good()
         finally:
-            self._vm.release("idle")
+            if not for_good:
+                self._vm.release("idle")
+        return for_good
 
     def close(self) -> None:
         """Close the statistics."""

@@ -208,7 +208,8 @@ class RunControl:
             return
         self.vm.hold_newcomers(not newcomers_run)
         for vcpu_id in self._in_turn(vcpu_ids & self.vm.debug_cpus()):
-            self.vm.resume_cpu(vcpu_id)
+            with suppress(VmError):  # one that was resumed before it has ended the VM
+                self.vm.resume_cpu(vcpu_id)
 
     def _in_turn(self, vcpu_ids: Iterable[int]) -> list[int]:
         """The vCPU that was reported least recently comes first."""
@@ -234,12 +235,15 @@ class RunControl:
     def after_reset(self) -> None:
         """The machine was reset, and its image loaded again: keep the breakpoints in it.
 
-        All vCPUs are held.  Events from before are of a guest that is gone.
+        All vCPUs are held.  Events from before are of a guest that is gone; a stop that was claimed
+        for one is still a stop.
         """
         with self._lock:
             self._resets += 1
             for state in self._states.values():
                 state.owed = None
+            if self._stop is not None and self._stop.signal != SIGINT:
+                self._stop = StopReport(self._stop.vcpu_id)
             self.breakpoints.plant_again()
 
     # --- claiming a stop (with _lock held) -------------------------------------------------------

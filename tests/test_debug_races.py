@@ -12,12 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from pyvmm import exits
 from pyvmm.boot.entry import GDT_GPA, PAGE_TABLES_GPA
-from pyvmm.stop import Stop
+from pyvmm.debug import DebugServer, parse_address
+from pyvmm.hypervisor import VM
+from pyvmm.machine import Machine
+from pyvmm.stop import Stop, StopReason
+from pyvmm.target import SIGINT
+from pyvmm.vcpu import StopVm
 from tests.rsp_client import (
     BASE,
     COUNT,
@@ -26,10 +32,13 @@ from tests.rsp_client import (
     COUNT_NOP,
     COUNTERS,
     EFLAGS,
+    PATIENCE,
+    RAM,
     RIP,
     Closed,
     Debuggee,
     RspClient,
+    flat_image,
     frame,
 )
 from tests.support import cycles, requires, wait_until
@@ -474,3 +483,94 @@ def test_a_vm_that_ends_at_any_moment_is_told_or_closes(switch_interval: None) -
                 pytest.fail("the connection was closed without a W packet")
             except TimeoutError:
                 pytest.fail(f"no reply after {turns} turns")
+
+
+# --- the end of the VM at the worst moment -------------------------------------------------------
+
+OUT = bytes.fromhex("66ba0010 ee f4")  # mov dx, 0x1000; out dx, al; hlt
+
+
+def power_off(offset: int, size: int, value: int) -> None:
+    raise StopVm(Stop(StopReason.POWERED_OFF, "off"))
+
+
+def test_an_end_after_the_server_has_found_a_stop_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def write(offset: int, size: int, value: int) -> None:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+        power_off(offset, size, value)
+
+    prepare = partial(Machine.on_port, port=0x1000, write=write)
+    with Debuggee(OUT, prepare=prepare) as debuggee, debuggee.connect() as client:
+        control = debuggee.server.run_control
+        wait_stopped = control.wait_stopped
+
+        def overtaken(timeout: float) -> frozenset[int]:
+            if control.stop is not None and control.stop.signal == SIGINT:
+                go_on.set()
+                debuggee.wait_for(lambda: not debuggee.vm.active_cpus(), "the VM ends")
+            return wait_stopped(timeout)
+
+        monkeypatch.setattr(control, "wait_stopped", overtaken)
+        client.go()
+        assert inside.wait(PATIENCE)
+        client.interrupt()
+        assert client.wait_stop().kind == "W"
+
+
+def end_before_the_next(monkeypatch: pytest.MonkeyPatch, vm: VM) -> None:
+    """The vCPU that is resumed first ends the VM before the next is resumed."""
+    resume = vm.resume_cpu
+
+    def resume_cpu(vcpu_id: int) -> None:
+        resume(vcpu_id)
+        wait_until(lambda: not vm.active_cpus(), "the VM ends")
+
+    monkeypatch.setattr(vm, "resume_cpu", resume_cpu)
+
+
+def test_the_first_of_several_that_are_resumed_ends_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = partial(Machine.on_port, port=0x1000, write=power_off)
+    with Debuggee(OUT, cpus=3, prepare=prepare) as debuggee, debuggee.connect() as client:
+        end_before_the_next(monkeypatch, debuggee.vm)
+        assert client.resume().kind == "W"
+
+
+def test_the_first_that_a_machine_lets_run_ends_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(flat_image(OUT), cpus=3, irqchip=False, memory=RAM) as machine:
+        machine.on_port(0x1000, write=power_off)
+        server = DebugServer(machine, parse_address("0"), wait=False)
+        try:
+            end_before_the_next(monkeypatch, machine.vm)
+            assert machine.run(timeout=PATIENCE).reason is StopReason.POWERED_OFF
+        finally:
+            server.close()
+
+
+def test_a_stop_that_comes_while_the_machine_finds_that_nothing_can_wake_it_is_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requires("irqchip")
+    looking = threading.Event()
+    cli_hlt = bytes.fromhex("fa f4 ebfd")
+    with Debuggee(cli_hlt, irqchip=True) as debuggee, debuggee.connect() as client:
+        machine, vm = debuggee.machine, debuggee.vm
+        wait_for_good, end = vm.all_wait_for_good, machine.stop
+
+        def overtaken() -> bool:
+            looking.set()
+            debuggee.wait_for(lambda: bool(vm.debug_cpus()), "the debugger stops it")
+            return wait_for_good()
+
+        def end_late(stop: Stop) -> None:
+            time.sleep(0.05)
+            end(stop)
+
+        monkeypatch.setattr(vm, "all_wait_for_good", overtaken)
+        monkeypatch.setattr(machine, "stop", end_late)
+        client.go()
+        assert looking.wait(PATIENCE)
+        client.interrupt()
+        assert client.wait_stop().kind == "W"

@@ -830,6 +830,37 @@ def test_run_with_a_time_limit_goes_on_later() -> None:
             server.close()
 
 
+def assert_that_it_counts(machine: Machine) -> None:
+    """It runs, and as if no debugger had ever been there."""
+    assert machine.read_memory(BASE, len(COUNT), physical=True) == COUNT
+    before = machine.read_memory(COUNTERS, 8, physical=True)
+    for _ in range(100):
+        assert machine.run(timeout=0.05).reason is StopReason.TIMEOUT
+        if machine.read_memory(COUNTERS, 8, physical=True) != before:
+            return
+    raise AssertionError("the guest does not run")
+
+
+@kvm
+def test_a_machine_runs_on_without_its_debug_server() -> None:
+    with Machine(flat_image(COUNT), memory=4 << 20) as machine:
+        server = DebugServer(machine, parse_address("0"))
+        machine.run(timeout=0.05)
+        with RspClient(server.address) as client:
+            client.insert(COUNT_NOP)
+            client.go()
+            machine.run(timeout=0.1)
+            server.close()
+        assert_that_it_counts(machine)
+
+
+@kvm
+def test_a_debug_server_can_be_closed_before_the_machine_runs() -> None:
+    with Machine(flat_image(COUNT), memory=4 << 20) as machine:
+        DebugServer(machine, parse_address("0")).close()
+        assert_that_it_counts(machine)
+
+
 @kvm
 def test_refusals_have_words_where_the_client_can_show_them() -> None:
     with Debuggee(COUNT) as debuggee:
