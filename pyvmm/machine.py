@@ -274,7 +274,7 @@ class Machine:
                 return None
             if self._reset_wanted:
                 self._reset()
-            if self._idle is not None and self._idle.check():
+            elif self._idle is not None and self._idle.check():
                 self.stop(Stop(StopReason.HALTED, vcpu.ALL_HALTED))
                 continue
             if self._interrupted:
@@ -287,7 +287,7 @@ class Machine:
                 return Stop(StopReason.TIMEOUT, "the time limit was reached")
             for callback in self._on_look:
                 callback()
-            if self._idle is not None or self._on_look:
+            if self._idle is not None or self._on_look or self._reset_wanted:
                 left = _LOOK_SECONDS if left is None else min(left, _LOOK_SECONDS)
             self._waiter.wait(left)
 
@@ -349,10 +349,18 @@ class Machine:
 
     def _reset(self) -> None:
         self.vm.hold("reset")  # once more: the last reset may have just released it
-        self._wait_out()
-        if self._stop is not None:
-            return
+        late = self.vm.wait_out(_PATIENCE_SECONDS)
+        if late or self._stop is not None:
+            return  # one that waits until its output is read may do so: we are called again
         self._reset_wanted = False  # all who could ask for this one are out
+        try:
+            self._begin_again()
+        except BaseException:  # a callback's, or a signal handler's
+            self._reset_wanted = True
+            raise
+        self.vm.release("reset")
+
+    def _begin_again(self) -> None:
         self.drain_output()
         if self._virtio is not None:
             self._virtio.reset()  # and from now on writes no more into memory
@@ -362,7 +370,6 @@ class Machine:
         self._load()
         for callback in self._on_reset:
             callback()
-        self.vm.release("reset")
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -372,9 +379,11 @@ class Machine:
             if self._stop is None:
                 self._stop = stop
         self.vm.end()
-        for callback in self._at_end:
-            callback()
-        self.wake()
+        try:
+            for callback in self._at_end:
+                callback()
+        finally:
+            self.wake()
 
     @property
     def ended(self) -> Stop | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pyvmm.machine import Machine
 from pyvmm.stop import StopReason
 from pyvmm.vcpu import StopVm
 from tests.conftest import GUESTS, REPOSITORY
-from tests.rsp_client import BASE, COUNT, COUNT_INC, RAM, RIP, Debuggee, flat_image
+from tests.rsp_client import BASE, COUNT, COUNT_INC, COUNTERS, RAM, RIP, Debuggee, flat_image
 from tests.smp_guests import (
     FOREVER,
     IDLE,
@@ -377,7 +378,82 @@ def test_a_reset_that_is_asked_for_while_the_machine_looks_whether_it_idles(
         assert held == [[True, True]]
 
 
+def test_a_reset_waits_for_a_vcpu_that_waits_until_its_output_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It goes on printing afterwards: nobody is told to drop its output."""
+    monkeypatch.setattr("pyvmm.machine._PATIENCE_SECONDS", 0.05)
+    inside, go_on = threading.Event(), threading.Event()
+    resets: list[None] = []
+    hurried: list[None] = []
+
+    def write(offset: int, size: int, value: int) -> None:
+        inside.set()
+        assert go_on.wait(PATIENCE)
+
+    out = bytes.fromhex("66ba0010 ee ebfe")  # mov dx, 0x1000; out dx, al; jmp .
+    machine = Machine(flat_image(out), irqchip=False, memory=RAM)
+    machine.on_port(0x1000, write=write)
+    machine.on_reset(lambda: resets.append(None))
+    machine.on_hurry(lambda: hurried.append(None))
+    with Running(machine):
+        assert inside.wait(PATIENCE)
+        machine.request_reset()
+        time.sleep(0.3)
+        assert (resets, hurried) == ([], [])
+        go_on.set()
+        wait_until(lambda: bool(resets), "it is reset")
+        assert hurried == []
+
+
+def test_a_reset_that_an_exception_has_ended_is_made_anew() -> None:
+    """As ^C in the thread that runs the machine, or a test's time limit."""
+    resets: list[None] = []
+
+    def fail_once() -> None:
+        resets.append(None)
+        if len(resets) == 1:
+            raise KeyboardInterrupt
+
+    with Machine(flat_image(COUNT), irqchip=False, memory=RAM) as machine:
+        machine.on_reset(fail_once)
+        machine.run(timeout=0.05)
+        machine.request_reset()
+        with pytest.raises(KeyboardInterrupt):
+            machine.run(timeout=PATIENCE)
+        machine.write_memory(COUNTERS, bytes(8), physical=True)
+        while not counter(machine, 0):
+            assert machine.run(timeout=0.05).reason is StopReason.TIMEOUT
+        assert len(resets) == 2
+
+
 # --- with a debugger -----------------------------------------------------------------------------
+
+
+def test_a_stop_from_just_before_a_reset_is_told_without_its_reason() -> None:
+    """vCPU 1 has hit a breakpoint, in code that is not where it is any more."""
+    # test edi, edi; jz 2f; mov dx, 0x1001; 1: in al, dx; test al, al; jz 1b; nop; jmp .
+    # 2: mov dx, 0x1000; out dx, al; jmp .
+    code = bytes.fromhex("85ff 740c 66ba0110 ec 84c0 74fb 90 ebfe 66ba0010 ee ebfe")
+    nop = BASE + 13
+    inside = threading.Event()
+
+    def reset_when_it_is_claimed(offset: int, size: int, value: int) -> None:
+        if not inside.is_set():
+            inside.set()
+            wait_until(lambda: debuggee.server.run_control.stop is not None, "the other hits")
+            debuggee.machine.request_reset()
+
+    def prepare(machine: Machine) -> None:
+        machine.on_port(0x1000, write=reset_when_it_is_claimed)
+        machine.on_port(0x1001, read=lambda offset, size: inside.is_set())
+
+    with Debuggee(code, cpus=2, prepare=prepare) as debuggee, debuggee.connect() as client:
+        client.insert(nop)
+        stop = client.resume()
+        assert (stop.kind, stop.signal, stop.vcpu_id, stop.rip) == ("T", 5, 1, BASE)
+        assert "swbreak" not in stop
+
 
 STARTED = bytes.fromhex("833c25") + struct.pack("<IB", TICKS, 2) + b"\x72\xf6"  # 1: cmp; jb 1b
 COUNT_IN = increment(TICKS) + COUNT

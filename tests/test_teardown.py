@@ -15,7 +15,7 @@ import pytest
 from pyvmm import ImageError, Machine, StopReason, handles, machine, memory
 from pyvmm.stop import Stop
 from tests.conftest import GUESTS, open_fds
-from tests.support import PATIENCE
+from tests.support import PATIENCE, wait_until
 
 pytestmark = pytest.mark.kvm
 
@@ -266,6 +266,21 @@ def test_no_output_is_dropped_where_the_vm_ends_while_it_is_interrupted(tmp_path
         vm.on_port(0x1000, write=write)
         assert vm.run(timeout=PATIENCE).reason is StopReason.KILLED
         assert hurried == []
+
+
+def test_a_callback_for_the_end_that_fails_does_not_keep_run_waiting() -> None:
+    def fail() -> None:
+        raise ValueError("a bug")
+
+    with Machine(COUNTER) as vm:
+        vm.on_end(fail)
+        thread = threading.Thread(target=vm.run)
+        thread.start()
+        wait_until(lambda: bool(vm.vm.active_cpus()), "it runs")
+        with pytest.raises(ValueError, match="a bug"):
+            vm.stop(Stop(StopReason.KILLED, "enough"))
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 def test_the_thread_that_does_not_stop_is_named_when_another_vcpu_ends_the_vm(
