@@ -242,6 +242,19 @@ def test_two_vcpus_that_crash_at_once_are_both_shown() -> None:
         assert (last.kind, last.signal) == ("X", 11)
 
 
+def end_late(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> threading.Event:
+    """Whoever ends the VM takes a while for it; the event is set when that begins."""
+    end, ending = machine.stop, threading.Event()
+
+    def stop(stop: Stop) -> None:
+        ending.set()
+        time.sleep(0.05)
+        end(stop)
+
+    monkeypatch.setattr(machine, "stop", stop)
+    return ending
+
+
 @pytest.mark.timeout(120)
 def test_no_stop_is_told_while_a_vcpu_ends_the_vm(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be the last that the debugger hears: nobody would owe it that the VM has ended."""
@@ -250,15 +263,7 @@ def test_no_stop_is_told_while_a_vcpu_ends_the_vm(monkeypatch: pytest.MonkeyPatc
     with Debuggee(code, cpus=2) as debuggee, debuggee.connect() as client:
         assert client.resume("vCont;c:1").signal == 11
         client.set_register(RIP, BASE + 2, vcpu_id=1)
-        machine = debuggee.machine
-        end, ending = machine.stop, threading.Event()
-
-        def end_late(stop: Stop) -> None:
-            ending.set()
-            time.sleep(0.05)  # the other vCPU crashes meanwhile
-            end(stop)
-
-        monkeypatch.setattr(machine, "stop", end_late)
+        ending = end_late(monkeypatch, debuggee.machine)  # the other vCPU crashes meanwhile
         stop = client.resume()
         if stop.kind == "T":  # the other was so fast that the first has not gone on at all
             assert not ending.is_set()
@@ -556,20 +561,16 @@ def test_a_stop_that_comes_while_the_machine_finds_that_nothing_can_wake_it_is_i
     looking = threading.Event()
     cli_hlt = bytes.fromhex("fa f4 ebfd")
     with Debuggee(cli_hlt, irqchip=True) as debuggee, debuggee.connect() as client:
-        machine, vm = debuggee.machine, debuggee.vm
-        wait_for_good, end = vm.all_wait_for_good, machine.stop
+        vm = debuggee.vm
+        wait_for_good = vm.all_wait_for_good
 
         def overtaken() -> bool:
             looking.set()
             debuggee.wait_for(lambda: bool(vm.debug_cpus()), "the debugger stops it")
             return wait_for_good()
 
-        def end_late(stop: Stop) -> None:
-            time.sleep(0.05)
-            end(stop)
-
         monkeypatch.setattr(vm, "all_wait_for_good", overtaken)
-        monkeypatch.setattr(machine, "stop", end_late)
+        end_late(monkeypatch, debuggee.machine)
         client.go()
         assert looking.wait(PATIENCE)
         client.interrupt()
